@@ -1,0 +1,1 @@
+"""Small C kernels, compiled at first use by the system's compiler."""
