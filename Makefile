@@ -1,0 +1,32 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test lint env oracles bench clean
+.DEFAULT_GOAL := quickstart
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e '.[data,plots]'
+	touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	$(BIN)/pip install -q -c constraints.txt -e '.[data,plots,test]'
+	touch $@
+
+env: $(VENV)/.ready
+
+quickstart: $(VENV)/.ready
+	$(BIN)/landmark quickstart
+
+test: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.ready-test
+	$(BIN)/ruff check landmark tests bench
+	$(BIN)/mypy landmark
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,22 @@
+"""Landmark: the landmark papers of the LLM era as one working system."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .weights.checkpoint import build as build
+    from .weights.checkpoint import load as load
+    from .weights.checkpoint import save as save
+
+__version__ = "0.1.0"
+
+_WHERE = {"load": "weights.checkpoint", "save": "weights.checkpoint", "build": "weights.checkpoint"}
+__all__ = ["build", "load", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'landmark' has no attribute {name!r}")
+    return getattr(import_module(f".{_WHERE[name]}", __name__), name)

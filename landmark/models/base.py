@@ -1,0 +1,91 @@
+"""What every model has in common: how it comes to life, and where it came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config, ModelConfig
+from ..nn.residual import Normed, Parallel, Sublayer
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A published form of a model: the contents of its config.json, and the directory that it was read from."""
+
+    hf: Mapping[str, Any]
+    directory: Path | None = None
+
+
+class Model(nn.Module):
+    """A module that knows its config, and its published form if it has one."""
+
+    cfg: ModelConfig
+    origin: Origin | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+
+class Init(Config):
+    """Weights ~ N(0, std^2), biases 0; matrices that end a residual sublayer are scaled by 1 / sqrt(number of
+    sublayers) if `residual` (GPT-2, Radford et al. 2019, sec. 2.3)."""
+
+    std: float = 0.02
+    residual: bool = True
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def materialise(make: Callable[[], M], init: Init) -> M:
+    """Build without allocating, then allocate and initialise - unless the caller works on the meta device."""
+    target = torch.get_default_device()
+    with torch.device("meta"):
+        model = make()
+    if target.type == "meta":
+        return model
+    model.to_empty(device=target)
+    init_weights(model, init)
+    return model
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, init: Init) -> None:
+    """Initialise every parameter in place."""
+    ends = residual_ends(model)
+    depth = max(1, len(ends))
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            scaled = init.residual and module in ends
+            nn.init.normal_(module.weight, std=init.std / math.sqrt(depth) if scaled else init.std)
+            bias = getattr(module, "bias", None)
+            if isinstance(bias, Tensor):
+                nn.init.zeros_(bias)
+        else:
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+            elif next(module.parameters(recurse=False), None) is not None:
+                raise TypeError(f"{type(module).__name__} has parameters but no reset_parameters()")
+
+
+def residual_ends(model: nn.Module) -> set[nn.Module]:
+    """The matrices whose output is added to the residual stream: `out` and `down` of every sublayer's function."""
+    functions = [m.fn for m in model.modules() if isinstance(m, Sublayer) and not isinstance(m.fn, Normed)]
+    for module in model.modules():
+        if isinstance(module, Parallel):
+            functions += [fn.fn if isinstance(fn, Normed) else fn for fn in module.fns.values()]
+    ends = (getattr(fn, name, None) for fn in functions for name in ("out", "down"))
+    return {end for end in ends if isinstance(end, nn.Linear)}

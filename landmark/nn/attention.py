@@ -1,0 +1,188 @@
+"""Attention with as many key-value heads as one likes: MHA, GQA (Ainslie et al. 2023) and MQA (Shazeer 2019)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ModuleConfig
+from ..ctx import Ctx
+from ..ops.attention import attention
+from .cache import CrossCache, KVCache, WindowCache
+from .linear import Linear
+from .norm import NormConfig
+from .rope import Rope
+
+
+class QKNorm(ModuleConfig, ABC, abstract=True):
+    """A norm on queries and keys before they meet."""
+
+    norm: NormConfig
+
+    @abstractmethod
+    def build_heads(self, heads: int, head_dim: int) -> nn.Module:
+        """A module from [B, T, heads, head_dim] to the same."""
+
+    def build(self, dim: int) -> nn.Module:
+        return self.build_heads(1, dim)
+
+
+class HeadNorm(nn.Module):
+    """Each head by itself, with weights that all heads share (Qwen3, Gemma 3) or, if `separate`, their own (Cohere)."""
+
+    class Config(QKNorm):
+        norm: NormConfig
+        separate: bool = False
+
+        def build_heads(self, heads: int, head_dim: int) -> HeadNorm:
+            return HeadNorm(self, heads, head_dim)
+
+    def __init__(self, cfg: Config, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.separate = cfg.separate
+        self.norm = cfg.norm.build(heads * head_dim, groups=heads) if cfg.separate else cfg.norm.build(head_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(x.flatten(-2)).view_as(x) if self.separate else self.norm(x)
+        return out
+
+
+class ProjectionNorm(nn.Module):
+    """All heads together, as one long vector (OLMo 2)."""
+
+    class Config(QKNorm):
+        norm: NormConfig
+
+        def build_heads(self, heads: int, head_dim: int) -> ProjectionNorm:
+            return ProjectionNorm(self, heads, head_dim)
+
+    def __init__(self, cfg: Config, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.norm = cfg.norm.build(heads * head_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(x.flatten(-2)).view_as(x)
+        return out
+
+
+class Attention(nn.Module):
+    """Self-attention (Vaswani et al. 2017, sec. 3.2).
+
+    `window`: a query sees keys at a distance below it (Mistral; GPT-3's locally banded layers). `softcap`: scores are
+    squashed to cap * tanh(score / cap). `scale`: what scores are multiplied by, 1 / sqrt(head_dim) unless said.
+    """
+
+    class Config(ModuleConfig):
+        heads: int
+        kv_heads: int
+        head_dim: int
+        bias: bool = False
+        out_bias: bool = False
+        rope: Rope.Config | None = None
+        qk_norm: QKNorm | None = None
+        causal: bool = True
+        window: int | None = None
+        softcap: float | None = None
+        scale: float | None = None
+        dropout: float = 0.0
+
+        def check(self) -> None:
+            super().check()
+            if self.heads % self.kv_heads:
+                raise ValueError(
+                    f"Attention.kv_heads is {self.kv_heads}, which does not divide heads {self.heads}; choose a divisor"
+                )
+
+        def build(self, dim: int) -> Attention:
+            return Attention(self, dim)
+
+    def __init__(self, cfg: Config, dim: int) -> None:
+        super().__init__()
+        self.cfg = c = cfg
+        self.q = Linear(dim, c.heads * c.head_dim, c.bias)
+        self.k = Linear(dim, c.kv_heads * c.head_dim, c.bias)
+        self.v = Linear(dim, c.kv_heads * c.head_dim, c.bias)
+        self.out = Linear(c.heads * c.head_dim, dim, c.out_bias)
+        self.rope = c.rope.build(c.head_dim) if c.rope else None
+        self.q_norm = c.qk_norm.build_heads(c.heads, c.head_dim) if c.qk_norm else None
+        self.k_norm = c.qk_norm.build_heads(c.kv_heads, c.head_dim) if c.qk_norm else None
+        self.scale = c.head_dim**-0.5 if c.scale is None else c.scale
+
+    def new_state(self, slots: int, capacity: int, dtype: torch.dtype, device: torch.device) -> KVCache | WindowCache:
+        c = self.cfg
+        if c.window is not None and c.window < capacity:
+            return WindowCache(slots, c.window, c.kv_heads, c.head_dim, c.head_dim, dtype, device)
+        return KVCache(slots, capacity, c.kv_heads, c.head_dim, c.head_dim, dtype, device)
+
+    def mixing_flops(self, context: int) -> int:
+        """FLOPs per token beyond the weights', for a token that sees `context` tokens: q k^T and its product with v."""
+        seen = context if self.cfg.window is None else min(context, self.cfg.window)
+        return 4 * seen * self.cfg.heads * self.cfg.head_dim
+
+    def forward(self, x: Tensor, ctx: Ctx, state: KVCache | WindowCache | None = None) -> Tensor:
+        c = self.cfg
+        q, k, v = (
+            y.view(*x.shape[:-1], heads, c.head_dim)
+            for y, heads in ((self.q(x), c.heads), (self.k(x), c.kv_heads), (self.v(x), c.kv_heads))
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope is not None:
+            q, k = self.rope(q, ctx), self.rope(k, ctx)
+        k_bounds = ctx.bounds
+        if state is not None:
+            k, v, k_bounds = state.extend(k, v, ctx)
+        y = attention(
+            q, k, v, bounds=ctx.bounds, k_bounds=k_bounds, scale=self.scale, causal=c.causal, window=c.window,
+            softcap=c.softcap, dropout=c.dropout if self.training else 0.0,
+        )  # fmt: skip
+        out: Tensor = self.out(y.flatten(-2))
+        return out
+
+
+class CrossAttention(nn.Module):
+    """Queries from the hidden state, keys and values from `ctx.memory` (Vaswani et al. 2017, sec. 3.2.3)."""
+
+    class Config(ModuleConfig):
+        heads: int
+        head_dim: int
+        bias: bool = False
+        out_bias: bool = False
+        memory_dim: int | None = None
+        dropout: float = 0.0
+
+        def build(self, dim: int) -> CrossAttention:
+            return CrossAttention(self, dim)
+
+    def __init__(self, cfg: Config, dim: int) -> None:
+        super().__init__()
+        self.cfg = c = cfg
+        inner, memory_dim = c.heads * c.head_dim, c.memory_dim or dim
+        self.q = Linear(dim, inner, c.bias)
+        self.k, self.v = Linear(memory_dim, inner, c.bias), Linear(memory_dim, inner, c.bias)
+        self.out = Linear(inner, dim, c.out_bias)
+
+    def new_state(self, slots: int, capacity: int, dtype: torch.dtype, device: torch.device) -> CrossCache:
+        return CrossCache()
+
+    def forward(self, x: Tensor, ctx: Ctx, state: CrossCache | None = None) -> Tensor:
+        def heads(y: Tensor) -> Tensor:
+            return y.view(*y.shape[:-1], self.cfg.heads, self.cfg.head_dim)
+
+        if state is not None and state.k is not None:
+            k, v, k_bounds = state.k, state.v, state.bounds
+        else:
+            assert ctx.memory is not None, "cross-attention needs an encoded source in ctx.memory"
+            k, v = heads(self.k(ctx.memory.hidden)), heads(self.v(ctx.memory.hidden))
+            k_bounds = ctx.memory.bounds
+            if state is not None:
+                state.k, state.v, state.bounds = k, v, k_bounds
+        assert v is not None
+        y = attention(
+            heads(self.q(x)), k, v, bounds=ctx.bounds, k_bounds=k_bounds, scale=self.cfg.head_dim**-0.5,
+            causal=False, dropout=self.cfg.dropout if self.training else 0.0,
+        )  # fmt: skip
+        out: Tensor = self.out(y.flatten(-2))
+        return out

@@ -1,0 +1,136 @@
+"""Per-token decoding state: keys and values of what came before.
+
+`extend(k, v, ctx)` takes the keys and values of this call's tokens and returns those that its queries may look at, with
+their bounds. Buffers are [slots, heads, capacity, d]; what is returned is viewed as [slots, tokens, heads, d].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ctx import Bounds, Ctx
+
+
+class KVCache:
+    """Keys and values of every token, up to `capacity`."""
+
+    def __init__(
+        self, slots: int, capacity: int, heads: int, k_dim: int, v_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.capacity = capacity
+        self.k = torch.zeros(slots, heads, capacity, k_dim, dtype=dtype, device=device)
+        self.v = torch.zeros(slots, heads, capacity, v_dim, dtype=dtype, device=device)
+
+    def extend(self, k: Tensor, v: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor, Bounds]:
+        past, bounds = _past(ctx), ctx.bounds
+        lengths = tuple(p + n for p, (_, n) in zip(past, bounds.sequences, strict=True))
+        if max(lengths) > self.capacity:
+            raise ValueError(f"a sequence of {max(lengths)} tokens does not fit a cache of {self.capacity}")
+        if bounds.dense and len(set(past)) == 1:
+            end = lengths[0]
+            self.k[:, :, past[0] : end] = k.transpose(1, 2)
+            self.v[:, :, past[0] : end] = v.transpose(1, 2)
+            return self.k[:, :, :end].transpose(1, 2), self.v[:, :, :end].transpose(1, 2), Bounds(len(past), end)
+        if bounds.dense and bounds.width == 1:
+            slots, at = ctx.memo("slots", lambda: _index(past, k.device))
+            self.k[slots, :, at], self.v[slots, :, at] = k[:, 0], v[:, 0]
+        else:
+            for slot, (start, n) in enumerate(bounds.sequences):
+                row, col = divmod(start, bounds.width)
+                self.k[slot, :, past[slot] : past[slot] + n] = k[row, col : col + n].transpose(0, 1)
+                self.v[slot, :, past[slot] : past[slot] + n] = v[row, col : col + n].transpose(0, 1)
+        if not any(past):
+            return k, v, bounds
+        width = max(lengths)
+        held = self.k[:, :, :width].transpose(1, 2), self.v[:, :, :width].transpose(1, 2)
+        return *held, Bounds.padded(lengths, width)
+
+    def select(self, slots: Tensor) -> None:
+        self.k, self.v = self.k[slots], self.v[slots]
+
+    def snapshot(self) -> Any:
+        return None  # tokens past the restored lengths are never looked at
+
+    def restore(self, snapshot: Any) -> None:
+        pass
+
+
+class WindowCache:
+    """Keys and values of the last `window` tokens in a ring: the rolling buffer of Mistral 7B (Jiang et al. 2023)."""
+
+    def __init__(
+        self, slots: int, window: int, heads: int, k_dim: int, v_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.window = window
+        self.k = torch.zeros(slots, heads, window, k_dim, dtype=dtype, device=device)
+        self.v = torch.zeros(slots, heads, window, v_dim, dtype=dtype, device=device)
+
+    def extend(self, k: Tensor, v: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor, Bounds]:
+        past, bounds, window = _past(ctx), ctx.bounds, self.window
+        if bounds.dense and bounds.width == 1:
+            slots, at = ctx.memo(("ring", window), lambda: _index([p % window for p in past], k.device))
+            self.k[slots, :, at], self.v[slots, :, at] = k[:, 0], v[:, 0]
+            seen = tuple(min(p + 1, window) for p in past)
+            width = max(seen)  # the order of keys within the ring does not matter: one query sees them all
+            held = self.k[:, :, :width].transpose(1, 2), self.v[:, :, :width].transpose(1, 2)
+            return *held, Bounds.padded(seen, width)
+        lengths: tuple[int, ...] = ()
+        ks: list[Tensor] = []
+        vs: list[Tensor] = []
+        for slot, (start, n) in enumerate(bounds.sequences):
+            row, col = divmod(start, bounds.width)
+            ring = torch.arange(max(0, past[slot] - window), past[slot], device=k.device) % window
+            for new, buffer, out in ((k, self.k, ks), (v, self.v, vs)):
+                fresh = new[row, col : col + n].transpose(0, 1)
+                if any(past):
+                    out.append(torch.cat([buffer[slot][:, ring], fresh], 1))
+                kept = min(n, window)
+                at = torch.arange(past[slot] + n - kept, past[slot] + n, device=k.device) % window
+                buffer[slot][:, at] = fresh[:, n - kept :]
+            lengths = (*lengths, len(ring) + n)
+        if not any(past):
+            return k, v, bounds
+        held = torch.cat(ks, 1).transpose(0, 1)[None], torch.cat(vs, 1).transpose(0, 1)[None]
+        return *held, Bounds.of_lengths(lengths)
+
+    def select(self, slots: Tensor) -> None:
+        self.k, self.v = self.k[slots], self.v[slots]
+
+    def snapshot(self) -> Any:
+        return self.k.clone(), self.v.clone()
+
+    def restore(self, snapshot: Any) -> None:
+        self.k, self.v = (x.clone() for x in snapshot)
+
+
+class CrossCache:
+    """Keys and values of the encoded source, computed at the first call."""
+
+    def __init__(self) -> None:
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+        self.bounds: Bounds | None = None
+
+    def select(self, slots: Tensor) -> None:
+        if self.k is not None and self.v is not None and self.bounds is not None:
+            self.k, self.v = self.k[slots], self.v[slots]
+            lengths = tuple(self.bounds.sequences[slot][1] for slot in slots.tolist())
+            self.bounds = Bounds.padded(lengths, self.bounds.width)
+
+    def snapshot(self) -> Any:
+        return self.k, self.v, self.bounds
+
+    def restore(self, snapshot: Any) -> None:
+        self.k, self.v, self.bounds = snapshot
+
+
+def _past(ctx: Ctx) -> tuple[int, ...]:
+    assert ctx.past is not None, "a state was given without its lengths"
+    return ctx.past
+
+
+def _index(at: list[int] | tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.arange(len(at), device=device), torch.tensor(at, device=device)

@@ -1,0 +1,60 @@
+"""Feed-forward functions: the plain perceptron and the gated family of Shazeer 2020 (GLU variants)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config import ModuleConfig
+from ..ctx import Ctx
+from ..ops.activation import Activation, activation
+from ..ops.fused import glu
+from .linear import Linear
+
+
+class MLP(nn.Module):
+    """down(act(up(x))) (Vaswani et al. 2017, eq. 2)."""
+
+    class Config(ModuleConfig):
+        hidden: int
+        act: Activation = "gelu"
+        bias: bool = True
+
+        def build(self, dim: int) -> MLP:
+            return MLP(self, dim)
+
+    def __init__(self, cfg: Config, dim: int) -> None:
+        super().__init__()
+        self.act = activation(cfg.act)
+        self.up, self.down = Linear(dim, cfg.hidden, cfg.bias), Linear(cfg.hidden, dim, cfg.bias)
+
+    def forward(self, x: Tensor, ctx: Ctx | None = None, state: Any = None) -> Tensor:
+        out: Tensor = self.down(self.act(self.up(x)))
+        return out
+
+
+class GLU(nn.Module):
+    """down(act(gate(x)) * up(x)).
+
+    `act`: "silu" SwiGLU, "gelu" GEGLU, "relu" ReGLU, "sigmoid" GLU, "identity" bilinear (Shazeer 2020, eq. 5 and 6).
+    """
+
+    class Config(ModuleConfig):
+        hidden: int
+        act: Activation = "silu"
+        bias: bool = False
+
+        def build(self, dim: int) -> GLU:
+            return GLU(self, dim)
+
+    def __init__(self, cfg: Config, dim: int) -> None:
+        super().__init__()
+        activation(cfg.act)
+        self.act = cfg.act
+        self.gate, self.up = Linear(dim, cfg.hidden, cfg.bias), Linear(dim, cfg.hidden, cfg.bias)
+        self.down = Linear(cfg.hidden, dim, cfg.bias)
+
+    def forward(self, x: Tensor, ctx: Ctx | None = None, state: Any = None) -> Tensor:
+        out: Tensor = self.down(glu(self.gate(x), self.up(x), self.act))
+        return out

@@ -1,0 +1,171 @@
+"""The public function and its backends.
+
+`sdpa` is torch's fused kernel, fed so that no work is done across sequences: one call for equal lengths, one masked
+call where every row holds one sequence, a call a sequence otherwise, and blocks of queries where a window is shorter
+than the text, so that the cost follows the pairs that can see each other.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from ...ctx import Bounds
+from .reference import reference
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bounds: Bounds,
+    k_bounds: Bounds | None = None,
+    scale: float,
+    causal: bool,
+    window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    bias: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention within each sequence of a batch (Vaswani et al. 2017, eq. 1).
+
+    q [B, T, heads, d], k [B', S, kv_heads, d], v [B', S, kv_heads, d_v] -> [B, T, heads, d_v]. Sequence i of `bounds`
+    (over q) sees sequence i of `k_bounds` (over k and v; default: the same); the last query stands at the last key.
+    kv_heads divides heads (Ainslie et al. 2023). A query sees keys at a distance below `window`; `softcap` squashes
+    scores to cap * tanh(score / cap) (Gemma 2); `bias` [B, heads, T, S] is added to scaled scores (needs B' = B).
+    Tokens outside of every sequence come out as zeros. Raises ValueError if a forced `backend` cannot serve the call.
+    """
+    k_bounds = k_bounds or bounds
+    if backend is not None and (reason := why_not(backend, softcap=softcap, dropout=dropout)):
+        raise ValueError(f"attention backend {backend!r} cannot serve this call: {reason}")
+    options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "bias": bias}
+    if backend == "reference":
+        return reference(q, k, v, bounds=bounds, k_bounds=k_bounds, **options)  # type: ignore[arg-type]
+    if why_not("sdpa", softcap=softcap, dropout=dropout):
+        return _ragged(_plain, q, k, v, bounds, k_bounds, dropout=dropout, **options)
+    return _ragged(_fused, q, k, v, bounds, k_bounds, dropout=dropout, **options)
+
+
+def why_not(backend: str, *, softcap: float | None = None, dropout: float = 0.0) -> str | None:
+    """Why a backend cannot serve a call, or None if it can."""
+    if backend == "reference":
+        return "it has no dropout" if dropout else None
+    if backend == "sdpa":
+        return "the fused kernel has no soft cap" if softcap is not None else None
+    return "there is no such backend; choose 'sdpa' or 'reference'"
+
+
+def visible(bounds: Bounds, k_bounds: Bounds, *, causal: bool, window: int | None, device: torch.device) -> Tensor:
+    """[B, 1, T, S]: which keys a query sees, for batches whose rows hold the same sequences."""
+    shift = torch.tensor([tk - tq for (_, tq), (_, tk) in zip(bounds.sequences, k_bounds.sequences, strict=True)])
+    at_q = (bounds.offsets(device) + bounds.per_token(shift.to(device)))[:, None, :, None]
+    distance = at_q - k_bounds.offsets(device)[:, None, None, :]
+    index_q, index_k = bounds.index(device)[:, None, :, None], k_bounds.index(device)[:, None, None, :]
+    keep = (index_q == index_k) & (index_k >= 0)
+    if causal:
+        keep &= distance >= 0
+    if window is not None:
+        keep &= distance.abs() < window
+    return keep
+
+
+def _ragged(  # type: ignore[no-untyped-def]
+    kernel, q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, k_bounds: Bounds, *, causal, window, bias, **options
+) -> Tensor:
+    """Cut the batch into calls of `kernel`, each over tensors [rows, heads, tokens, d] with one mask for all rows."""
+    if causal and bounds.longest == 1:
+        causal = False  # the last query sees everything (up to its window)
+    if window is not None and k_bounds.longest <= window:
+        window = None
+    rows = bounds.rows == k_bounds.rows == len(bounds.sequences) == len(k_bounds.sequences)
+    if bias is not None or (rows and bounds.dense and not k_bounds.dense):
+        mask = visible(bounds, k_bounds, causal=causal, window=window, device=q.device)
+        if bias is not None:
+            mask = bias.to(q.dtype).masked_fill(~mask, -torch.inf)
+            # A token outside of every sequence sees nothing: give it one key, then drop its output.
+            mask = mask.masked_fill((mask == -torch.inf).all(-1, keepdim=True), 0.0)
+        width = k_bounds.longest if bias is None else k.shape[1]
+        mask = mask[..., :width]
+        out = kernel(_heads(q), _heads(k[:, :width]), _heads(v[:, :width]), mask=mask, causal=False, **options)
+        out = out.transpose(1, 2)
+        return out if bounds.dense else out * (bounds.index(q.device) >= 0)[:, :, None, None]
+    if bounds.dense and k_bounds.dense:
+        return _banded(kernel, q, k, v, causal, window, options)
+    parts, at = [], 0
+    for (qs, tq), (ks, tk) in zip(bounds.sequences, k_bounds.sequences, strict=True):
+        if qs > at:
+            parts.append(q.new_zeros(1, qs - at, q.shape[2], v.shape[3]))
+        qi, ki, vi = _cut(q, qs, tq), _cut(k, ks, tk), _cut(v, ks, tk)
+        parts.append(_banded(kernel, qi, ki, vi, causal, window, options))
+        at = qs + tq
+    if at < q.shape[0] * q.shape[1]:
+        parts.append(q.new_zeros(1, q.shape[0] * q.shape[1] - at, q.shape[2], v.shape[3]))
+    return torch.cat(parts, 1).view(*q.shape[:3], v.shape[3])
+
+
+def _cut(x: Tensor, start: int, length: int) -> Tensor:
+    row, column = divmod(start, x.shape[1])
+    return x[row : row + 1, column : column + length]
+
+
+def _banded(kernel, q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, options: dict) -> Tensor:  # type: ignore[no-untyped-def]
+    """Equal lengths: q [B, T, H, d], k [B, S, H', d]; the last query stands at the last key."""
+    queries, keys = q.shape[1], k.shape[1]
+    if window is not None and window >= keys:
+        window = None
+    if window is None and (not causal or queries == keys or queries == 1):
+        causal = causal and queries > 1
+        return kernel(_heads(q), _heads(k), _heads(v), mask=None, causal=causal, **options).transpose(1, 2)
+    block = queries if window is None or queries < 2 * window else max(window, 128)
+    outs, shift = [], keys - queries
+    for first in range(0, queries, block):
+        last = min(first + block, queries)
+        low = 0 if window is None else max(0, first + shift - window + 1)
+        high = last + shift if causal else min(keys, last + shift + window - 1)  # type: ignore[operator]
+        at_q = torch.arange(first + shift, last + shift, device=q.device)[:, None]
+        distance = at_q - torch.arange(low, high, device=q.device)
+        keep = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+        if window is not None:
+            keep &= distance.abs() < window
+        mask = None if last - first == 1 and bool(keep.all()) else keep
+        ki, vi = _heads(k[:, low:high]), _heads(v[:, low:high])
+        outs.append(kernel(_heads(q[:, first:last]), ki, vi, mask=mask, causal=False, **options).transpose(1, 2))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+
+
+def _heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)
+
+
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool, scale: float, softcap: None, dropout: float
+) -> Tensor:
+    return sdpa(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:
+    group, work = q.shape[1] // k.shape[1], torch.promote_types(q.dtype, torch.float32)
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = (q @ k.mT).to(work) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    return torch.nn.functional.dropout(scores.softmax(-1), dropout).to(v.dtype) @ v

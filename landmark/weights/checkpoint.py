@@ -1,0 +1,181 @@
+"""Models from and to directories in the ecosystem's format: config.json, safetensors, and what travels along."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig, from_dict, nearest, to_dict
+from ..models.base import Model, Origin
+from ..models.registry import Family, Keys, family_of, published
+from .files import read_json, read_tensors, write_json, write_tensors
+from .rules import load as apply_rules
+from .rules import unload
+
+NATIVE = "LandmarkModel"  # the architecture of models that no published class describes
+COMPANIONS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken",
+    "chat_template*", "generation_config.json", "preprocessor_config.json",
+)  # fmt: skip
+DOWNLOADED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+
+
+def load(
+    where: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+) -> Model:
+    """The model in a directory, or under a hub id, in eval mode.
+
+    Weights are mapped from the file, not copied, where dtype, device and layout allow it. `dtype` None keeps what is
+    stored. Raises ValueError for whatever would make the numbers wrong: an unknown architecture, keys of config.json
+    that are not understood, tensors that are missing, surplus, truncated or of another shape.
+    """
+    directory = locate(where)
+    hf = read_json(directory / "config.json")
+    config, family = read_config(hf)
+    with torch.device("meta"):
+        model = config.build()
+    assert isinstance(model, Model)
+    theirs = read_tensors(directory)
+    ours = from_published(family, hf, theirs) if family else theirs
+    check_weights(model, ours, directory)
+    target = None if dtype is None else as_dtype(dtype)
+    for name in list(ours):
+        tensor = ours[name]
+        ours[name] = tensor.to(device or "cpu", target if tensor.is_floating_point() else None).contiguous()
+    model.load_state_dict(ours, assign=True)
+    model.requires_grad_(True)
+    model.origin = Origin(hf, directory)
+    return model.eval()
+
+
+def save(model: Model, directory: str | Path, *, shard_bytes: int = 5_000_000_000) -> None:
+    """Write a directory that `load` gives back to the bit, and that transformers loads where it knows the architecture.
+
+    A model that still has the config it was published with is written in that family's layout; any other with our own
+    config in config.json. Tokenizer, chat template and generation config are copied from where the model came from.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file; a model is saved to a directory")
+    weights = model.state_dict()
+    hf = published_form(model)
+    dtype = str(model.dtype).removeprefix("torch.")
+    if hf is not None:
+        family, keys = family_of(hf), Keys(hf)
+        weights = unload(family.rules(keys), weights)
+        write = {**hf, "dtype": dtype} if "torch_dtype" not in hf else {**hf, "torch_dtype": dtype}
+    else:
+        write = {"architectures": [NATIVE], "model_type": "landmark", "dtype": dtype, "config": to_dict(model.cfg)}
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tensors(directory, weights, shard_bytes=shard_bytes)
+    write_json(directory / "config.json", write)
+    if model.origin is not None and model.origin.directory is not None:
+        carry(model.origin.directory, directory)
+
+
+def carry(source: Path, target: Path) -> None:
+    """Copy tokenizer, chat template and generation config, leaving what the target has of its own."""
+    for pattern in COMPANIONS:
+        for path in source.glob(pattern):
+            if path.is_file() and not (target / path.name).exists():
+                shutil.copyfile(path, target / path.name)
+
+
+def published_form(model: Model) -> dict[str, Any] | None:
+    """The config.json of a family that describes this model exactly, or None."""
+    if model.origin is None or (model.origin.hf.get("architectures") or [NATIVE])[0] == NATIVE:
+        return None
+    hf = dict(model.origin.hf)
+    return hf if family_of(hf).read(hf) == model.cfg else None
+
+
+def build(hf: Mapping[str, Any]) -> Model:
+    """A model with fresh weights from the contents of a config.json."""
+    config, _ = read_config(hf)
+    model = config.build()
+    assert isinstance(model, Model)
+    model.origin = Origin(dict(hf))
+    return model
+
+
+def read_config(hf: Mapping[str, Any]) -> tuple[ModelConfig, Family | None]:
+    """Our config from a config.json, and its family; None for our own layout."""
+    if (hf.get("architectures") or [None])[0] == NATIVE:
+        config = from_dict(hf["config"])
+        if not isinstance(config, ModelConfig):
+            raise ValueError('config.json: "config" does not describe a whole model')
+        return config, None
+    family = family_of(hf)
+    return family.read(hf), family
+
+
+def describe(spec: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The config of a directory, a config.json, a published size or a hub id, and its config.json; reads no weights."""
+    path = Path(spec)
+    if path.is_file() or (path / "config.json").is_file():
+        hf = read_json(path if path.is_file() else path / "config.json")
+        return read_config(hf)[0], hf
+    if "/" not in str(spec):
+        family, hf = published(str(spec))
+        return family.read(hf), hf
+    hf = read_json(locate(spec, patterns=("config.json",)) / "config.json")
+    return read_config(hf)[0], hf
+
+
+def locate(where: str | Path, patterns: Iterable[str] = DOWNLOADED) -> Path:
+    """A directory for a path or a hub id."""
+    path = Path(where)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"{path} is a file; give the directory that holds it")
+    if str(where).count("/") != 1 or str(where).startswith((".", "/", "~")):
+        raise ValueError(f"{where} is no directory, and no hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(where), allow_patterns=list(patterns)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{where} is no directory here, and the hub does not give it: {reason}") from None
+
+
+def from_published(family: Family, hf: Mapping[str, Any], theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A family's tensors under our names; files that were saved without the head lack the prefix."""
+    prefix = family.prefix
+    if prefix and not any(name.startswith(prefix) for name in theirs):
+        theirs = {prefix + name: tensor for name, tensor in theirs.items()}
+    return apply_rules(family.rules(Keys(hf)), theirs)
+
+
+def check_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], where: str | Path) -> None:
+    """Every tensor there, of the right shape, and none besides."""
+    wanted = model.state_dict()
+    if missing := [name for name in wanted if name not in weights]:
+        raise ValueError(f"{where} lacks {len(missing)} tensors, the first of them (by our name) {missing[0]!r}")
+    if surplus := [name for name in weights if name not in wanted]:
+        close = nearest(surplus[0], wanted)
+        raise ValueError(f"{where} has {len(surplus)} tensors too many, the first (by our name) {surplus[0]!r}{close}")
+    for name, tensor in wanted.items():
+        if weights[name].shape != tensor.shape:
+            have, want = tuple(weights[name].shape), tuple(tensor.shape)
+            raise ValueError(f"{where}: {name!r} has the shape {have}, but config.json says {want}")
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """torch.bfloat16, "bfloat16" or "bf16"."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    known = {
+        "float64": torch.float64, "fp64": torch.float64, "float32": torch.float32, "fp32": torch.float32,
+        "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16,
+    }  # fmt: skip
+    if dtype not in known:
+        raise ValueError(f"unknown dtype {dtype!r}{nearest(dtype, known)}; choose one of {', '.join(known)}")
+    return known[dtype]

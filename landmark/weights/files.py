@@ -1,0 +1,116 @@
+"""Files of a model directory: written beside and renamed, read by mapping them into memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A temporary name in the same folder, renamed to `path` when the block succeeds and removed when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    with beside(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Raises ValueError, naming the file, if it is absent or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; a model directory needs it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a directory's safetensors files, mapped from disk: memory is taken as pages are touched.
+
+    Raises ValueError for files that are missing, truncated or corrupt, and for an index that does not fit its files.
+    """
+    index = directory / INDEX
+    if index.exists():
+        where: dict[str, str] = read_json(index)["weight_map"]
+        names = sorted(set(where.values()))
+        if bad := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{index} names a file outside of its folder: {bad[0]!r}")
+    elif (directory / SINGLE).exists():
+        where, names = {}, [SINGLE]
+    else:
+        names = sorted(p.name for p in directory.glob("*.safetensors"))
+        where = {}
+        if len(names) != 1:
+            pickles = [p.name for p in (*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth"))]
+            note = f" ({pickles[0]} is a pickle, which is never opened: convert it)" if pickles else ""
+            raise ValueError(f"{directory} holds no {SINGLE} and no {INDEX}{note}")
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        path = directory / name
+        if not path.exists():
+            raise ValueError(f"{path} is missing, but {INDEX} names it; fetch it again")
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():
+                    tensors[key] = file.get_tensor(key)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{path} is truncated or corrupt ({error}); fetch it again") from None
+    if missing := sorted(where.keys() - tensors.keys()):
+        raise ValueError(f"{directory}: {INDEX} promises the tensor {missing[0]!r}, which no file holds")
+    return tensors
+
+
+def write_tensors(directory: Path, tensors: Mapping[str, Tensor], *, shard_bytes: int) -> None:
+    """One file, or several of about `shard_bytes` with an index. Old weight files go when the new ones stand."""
+    shards: list[dict[str, Tensor]] = [{}]
+    used = 0
+    for name, tensor in tensors.items():
+        if used and used + tensor.nbytes > shard_bytes:
+            shards.append({})
+            used = 0
+        shards[-1][name] = tensor
+        used += tensor.nbytes
+    total = len(shards)
+    names = [SINGLE] if total == 1 else [f"model-{n:05}-of-{total:05}.safetensors" for n in range(1, total + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        ready = {key: tensor.detach().to("cpu").contiguous() for key, tensor in shard.items()}
+        try:
+            with beside(directory / name) as temporary:
+                save_file(_unshared(ready), temporary, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"cannot write {directory / name}: {error}; what stood there before is untouched") from None
+    if total > 1:
+        where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+    else:
+        (directory / INDEX).unlink(missing_ok=True)
+    for path in directory.glob("model*.safetensors"):
+        if path.name not in names:
+            path.unlink()
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that are slices of one storage, each in its own, as the format wants it."""
+    return {k: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for k, t in tensors.items()}
