@@ -35,6 +35,11 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim)) if cfg.bias else None
 
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.groups == 1:
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
@@ -57,6 +62,9 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps, self.offset, self.groups = cfg.eps, cfg.offset, _groups(dim, groups)
         self.weight = nn.Parameter(torch.full((dim,), 1.0 - cfg.offset))
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, 1.0 - self.offset)
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, offset=self.offset, groups=self.groups)
