@@ -24,7 +24,13 @@ def model(**changes: object) -> Decoder.Config:
     layer = {"attn": PreNorm.Config(fn=attn, norm=norm), "ffn": PreNorm.Config(fn=GLU.Config(hidden=40), norm=norm)}
     other = {"ffn": PreNorm.Config(fn=MLP.Config(hidden=24), norm=LayerNorm.Config())}
     layers = (layer, layer, other, Repeat.Config(layers=(layer,), times=3))
-    values = {"dim": 16, "embed": Embedding.Config(vocab=50), "layers": layers, "norm": norm, "head": Head.Config(vocab=50)}
+    values = {
+        "dim": 16,
+        "embed": Embedding.Config(vocab=50),
+        "layers": layers,
+        "norm": norm,
+        "head": Head.Config(vocab=50),
+    }
     return Decoder.Config(**{**values, **changes})
 
 

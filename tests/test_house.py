@@ -1,0 +1,81 @@
+"""The shape of the house: imports run downward, the package starts quickly, and nothing forbidden is imported."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import landmark
+
+ROOT = Path(landmark.__file__).parent
+FLOORS = [  # a module may import from its own floor and from those below
+    {"config", "ctx"},
+    {"ops"},
+    {"nn"},
+    {"models", "weights", "data"},
+    {"objectives", "transforms", "parallel"},
+    {"infer", "train"},
+    {"serve", "evals", "safety", "interp"},
+    {"papers"},
+    {"cli", "__init__"},
+]
+FORBIDDEN = {"transformers", "trl", "peft", "diffusers", "torchvision", "pickle"}
+
+
+def floor(name: str) -> int:
+    return next(i for i, names in enumerate(FLOORS) if name in names)
+
+
+def imports(path: Path) -> list[str]:
+    """Absolute names of what a file imports."""
+    package = ("landmark", *path.relative_to(ROOT).parent.parts)
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1])
+            found += [f"{base}.{node.module}.{a.name}" if node.module else f"{base}.{a.name}" for a in node.names]
+    return found
+
+
+def test_imports_run_downward() -> None:
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        here = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        for name in imports(path):
+            parts = name.split(".")
+            if (
+                parts[0] == "landmark"
+                and len(parts) > 1
+                and parts[1] != "__version__"
+                and floor(parts[1]) > floor(here)
+            ):
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+            if parts[0] in FORBIDDEN:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}, which is not to be imported")
+    assert not wrong, "\n".join(wrong)
+
+
+def run(code: str) -> float:
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return time.perf_counter() - start
+
+
+def test_import_adds_little_to_torch() -> None:
+    names = "landmark.load, landmark.save, landmark.train"
+    torch_alone = min(run("import torch") for _ in range(3))
+    ours = min(run(f"import landmark; {names}") for _ in range(3))
+    assert ours - torch_alone < 1.5
+
+
+def test_help_is_quick_and_needs_no_torch() -> None:
+    quick = "import sys; sys.argv = ['landmark', '--help']; from landmark.cli.main import main\n"
+    code = quick + "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    assert min(run(code) for _ in range(3)) < 0.5
