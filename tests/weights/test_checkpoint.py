@@ -115,7 +115,8 @@ def test_weights_are_mapped_not_copied(tmp_path: Path) -> None:
     landmark.save(landmark.build(big), tmp_path / "big")
     weights = (tmp_path / "big" / "model.safetensors").stat().st_size
     script = (
-        "import landmark, resource, sys, torch; landmark.load; from landmark.models.registry import families; families();"
+        "import landmark, resource, sys, torch; landmark.load;"
+        "from landmark.models.registry import families; families();"
         "a = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; m = landmark.load(sys.argv[1]);"
         "b = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; print((b - a) * 1024)"
     )
