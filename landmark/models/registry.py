@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 from ..config import ModelConfig, nearest
+from ..ops.activation import Activation, check_activation
 from ..weights.rules import Rule
 
 # Keys of config.json that say nothing about the numbers a model computes.
@@ -29,6 +30,14 @@ INERT = frozenset(
     license language directionality cache_implementation _attn_implementation_autoset n_ctx
     num_labels tf_legacy_loss pruned_heads attn_pdrop_rate torch_compile""".split()
 )
+
+
+# Activation functions that config.json calls otherwise than we do.
+ACTIVATIONS: Mapping[str, Activation] = {
+    "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_accurate": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh", "gelu_python": "gelu", "quick_gelu": "gelu_quick", "swish": "silu",
+    "linear": "identity",
+}  # fmt: skip
 
 
 class Keys:
@@ -49,6 +58,16 @@ class Keys:
         self.read.add(key)
         value = self.hf.get(key)
         return default if value is None else value
+
+    def nullable(self, key: str, absent: Any) -> Any:
+        """The value, null included (None), or `absent` where there is no such key."""
+        self.read.add(key)
+        return self.hf.get(key, absent)
+
+    def activation(self, key: str = "hidden_act", default: str = "silu") -> Activation:
+        """An activation function, by our name."""
+        name = self.get(key, default)
+        return ACTIVATIONS[name] if name in ACTIVATIONS else check_activation(name)
 
     def fixed(self, key: str, *allowed: Any) -> None:
         """A key that is understood only at these values (or absent)."""
