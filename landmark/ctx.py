@@ -26,6 +26,14 @@ class Bounds:
     rows: int
     width: int
     spans: tuple[tuple[int, int], ...] | None = None  # (start in the rows * width tokens, length)
+    _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def memo(self, key: Hashable, make: Callable[[], T_]) -> T_:
+        """Computed once and shared by the layers that see these bounds (masks)."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        value: T_ = self._memo[key]
+        return value
 
     @property
     def dense(self) -> bool:
@@ -39,6 +47,14 @@ class Bounds:
     @cached_property
     def longest(self) -> int:
         return self.width if self.spans is None else max(length for _, length in self.spans)
+
+    @cached_property
+    def one_a_row(self) -> bool:
+        """Whether sequence i lies in row i and no row is without one."""
+        if self.spans is None:
+            return True
+        starts = [start // self.width for start, _ in self.spans]
+        return starts == list(range(self.rows))
 
     @classmethod
     def of_lengths(cls, lengths: tuple[int, ...]) -> Bounds:
@@ -57,16 +73,23 @@ class Bounds:
         return cls(len(lengths), width, tuple((row * width, length) for row, length in enumerate(lengths)))
 
     @classmethod
-    def of_segments(cls, segments: Tensor) -> Bounds:
-        """From segments [B, T]: every run of one number within a row is a sequence of its own (so is padding)."""
+    def of_segments(cls, segments: Tensor, padding: int | None = None) -> Bounds:
+        """From segments [B, T]: every run of one number within a row is a sequence of its own.
+
+        So is padding, unless `padding` is its number: then it lies outside of every sequence.
+        """
         rows, width = segments.shape
         change = torch.ones_like(segments, dtype=torch.bool)
         change[:, 1:] = segments[:, 1:] != segments[:, :-1]
         starts = change.flatten().nonzero().flatten().tolist()
-        if len(starts) == rows:
-            return cls(rows, width)
         ends = [*starts[1:], rows * width]
-        return cls(rows, width, tuple((a, b - a) for a, b in zip(starts, ends, strict=True)))
+        spans = [(a, b - a) for a, b in zip(starts, ends, strict=True)]
+        if padding is not None:
+            numbers = segments.flatten()[starts].tolist()
+            spans = [span for span, number in zip(spans, numbers, strict=True) if number != padding]
+        if len(starts) == len(spans) == rows:
+            return cls(rows, width)
+        return cls(rows, width, tuple(spans))
 
     def index(self, device: torch.device | str | None = None) -> Tensor:
         """[rows, width]: the number of each token's sequence; -1 outside of all."""

@@ -19,6 +19,9 @@ SHAPES = {  # name: (bounds of q, bounds of k)
     "packed rows": (Bounds(2, 20, ((0, 3), (3, 17), (20, 20))), Bounds(2, 20, ((0, 3), (3, 17), (20, 20)))),
     "padded rows": (Bounds.padded((5, 12), 12), Bounds.padded((5, 12), 12)),
     "decode": (Bounds(3, 1), Bounds.padded((4, 33, 1), 33)),
+    "padded on both sides": (Bounds.padded((5, 3), 6), Bounds.padded((7, 8), 9)),
+    "padded queries": (Bounds.padded((5, 3), 6), Bounds(2, 8)),
+    "rows that are not sequences": (Bounds(2, 6, ((0, 3), (3, 3))), Bounds(2, 9, ((0, 4), (9, 5)))),
     "ragged chunk": (Bounds.of_lengths((4, 9)), Bounds.padded((20, 9), 24)),
 }
 

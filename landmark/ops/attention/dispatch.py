@@ -72,6 +72,17 @@ def visible(bounds: Bounds, k_bounds: Bounds, *, causal: bool, window: int | Non
     return keep
 
 
+def _mask(bounds: Bounds, k_bounds: Bounds, *, causal: bool, window: int | None, device: torch.device) -> Tensor:
+    """`visible`, but a query outside of every sequence sees all keys: no softmax over nothing. Its output is dropped."""
+    keep = visible(bounds, k_bounds, causal=causal, window=window, device=device)
+    return keep if bounds.dense else keep | ~keep.any(-1, keepdim=True)
+
+
+def _masked(bounds: Bounds, k_bounds: Bounds) -> bool:
+    """Whether one masked call serves rows of one sequence each better than a call a sequence."""
+    return not k_bounds.dense if bounds.dense else bounds.rows > 1 and k_bounds.width <= 512
+
+
 def _ragged(  # type: ignore[no-untyped-def]
     kernel, q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, k_bounds: Bounds, *, causal, window, bias, **options
 ) -> Tensor:
@@ -80,13 +91,14 @@ def _ragged(  # type: ignore[no-untyped-def]
         causal = False  # the last query sees everything (up to its window)
     if window is not None and k_bounds.longest <= window:
         window = None
-    rows = bounds.rows == k_bounds.rows == len(bounds.sequences) == len(k_bounds.sequences)
-    if bias is not None or (rows and bounds.dense and not k_bounds.dense):
-        mask = visible(bounds, k_bounds, causal=causal, window=window, device=q.device)
+    rows = bounds.one_a_row and k_bounds.one_a_row and bounds.rows == k_bounds.rows
+    if bias is not None or (rows and _masked(bounds, k_bounds)):
+        mask = bounds.memo(
+            ("mask", k_bounds, causal, window, q.device),
+            lambda: _mask(bounds, k_bounds, causal=causal, window=window, device=q.device),
+        )
         if bias is not None:
             mask = bias.to(q.dtype).masked_fill(~mask, -torch.inf)
-            # A token outside of every sequence sees nothing: give it one key, then drop its output.
-            mask = mask.masked_fill((mask == -torch.inf).all(-1, keepdim=True), 0.0)
         width = k_bounds.longest if bias is None else k.shape[1]
         mask = mask[..., :width]
         out = kernel(_heads(q), _heads(k[:, :width]), _heads(v[:, :width]), mask=mask, causal=False, **options)
@@ -143,7 +155,12 @@ def _heads(x: Tensor) -> Tensor:
 def _fused(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool, scale: float, softcap: None, dropout: float
 ) -> Tensor:
-    return sdpa(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    group = q.shape[1] // k.shape[1]
+    if group > 1 and q.shape[2] == 1 and (mask is None or mask.shape[1] == 1):
+        # One query a head: heads that share keys are as many queries of one head, and no key is repeated.
+        y = sdpa(q.unflatten(1, (-1, group)).squeeze(3), k, v, mask, dropout, scale=scale)
+        return y.flatten(1, 2).unsqueeze(2)
+    return sdpa(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=group > 1)
 
 
 def _plain(
