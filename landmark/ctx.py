@@ -176,6 +176,14 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Relative:
+    """Vectors of relative positions that all layers of a model share (DeBERTa)."""
+
+    table: Tensor  # [rows, dim]
+    rows: Tensor  # [T, T]: the row of the table for each query and key of one row of the batch
+
+
+@dataclass(frozen=True)
 class Ctx:
     """Shared by all layers during one forward pass."""
 
@@ -183,6 +191,7 @@ class Ctx:
     bounds: Bounds  # where the sequences of this call lie
     past: tuple[int, ...] | None = None  # tokens that each sequence's state holds already; None without a state
     memory: Memory | None = None
+    relative: Relative | None = None
     aux: dict[str, list[Tensor]] = field(default_factory=dict)  # losses and statistics that layers report
     _memo: dict[Hashable, Any] = field(default_factory=dict)
 
