@@ -73,7 +73,7 @@ def visible(bounds: Bounds, k_bounds: Bounds, *, causal: bool, window: int | Non
 
 
 def _mask(bounds: Bounds, k_bounds: Bounds, *, causal: bool, window: int | None, device: torch.device) -> Tensor:
-    """`visible`, but a query outside of every sequence sees all keys: no softmax over nothing. Its output is dropped."""
+    """`visible`, but a query outside of every sequence, whose output is dropped, sees all keys: softmax needs one."""
     keep = visible(bounds, k_bounds, causal=causal, window=window, device=device)
     return keep if bounds.dense else keep | ~keep.any(-1, keepdim=True)
 

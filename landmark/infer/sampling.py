@@ -1,0 +1,232 @@
+"""From logits to the next token: what may be said is one threshold a row, what is said one random number a row.
+
+In this order, which is transformers' own (its logits processors, then its warpers):
+
+1. `logit_bias` is added; `repetition_penalty` divides the positive and multiplies the negative logits of every token
+   of the prompt and the answer (Keskar et al. 2019, eq. 1, as Hugging Face reads it);
+2. `presence_penalty`, and `frequency_penalty` once an occurrence, are subtracted for tokens of the answer (OpenAI);
+3. logits are divided by `temperature`; 0 takes the most likely token and ignores the rest;
+4. `top_k` keeps the k most likely tokens (Fan et al. 2018), `top_p` the smallest set of at least that mass (Holtzman
+   et al. 2020), `min_p` those of at least that share of the most likely one's probability (Nguyen et al. 2024). Each
+   is a threshold on the logits; tokens that tie with the last one kept stay.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Logprobs = Literal["model", "sampled"]  # before all of the above, or of the distribution that was drawn from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The settings of one request; the defaults draw from the model's own distribution.
+
+    `seed` None: another answer every time. `stop` strings end the answer and are no part of it; `stop_ids` None means
+    those that the model's own files name, () none. Raises ValueError for values that mean nothing.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        rules: dict[str, tuple[bool, str]] = {
+            "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            "top_k": (_whole(self.top_k, 0), "a whole number, 0 for all"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0; 1 for none"),
+            "presence_penalty": (math.isfinite(self.presence_penalty), "a number"),
+            "frequency_penalty": (math.isfinite(self.frequency_penalty), "a number"),
+            "max_tokens": (_whole(self.max_tokens, 1), "a whole number of at least 1"),
+            "seed": (self.seed is None or _whole(self.seed, 0), "a whole number of at least 0, or None"),
+            "stop": (isinstance(self.stop, tuple) and all(self.stop), "a tuple of strings that are not empty"),
+            "stop_ids": (self.stop_ids is None or all(_whole(i, 0) for i in self.stop_ids), "token ids"),
+            "logit_bias": (
+                all(_whole(i, 0) and not math.isnan(b) and b < math.inf for i, b in self.logit_bias.items()),
+                "token ids and what is added to their logits",
+            ),
+        }
+        for name, (fine, wanted) in rules.items():
+            if not fine:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def repeat_penalty(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
+    """logits [B, V], `seen` [B, V] (bool: in the prompt or the answer), penalty [B, 1]."""
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def count_penalty(logits: Tensor, counts: Tensor, presence: Tensor, frequency: Tensor) -> Tensor:
+    """logits [B, V], `counts` [B, V] of the answer's tokens, presence and frequency [B, 1]."""
+    return logits - (counts > 0) * presence - counts * frequency
+
+
+def top_k_threshold(logits: Tensor, k: Tensor) -> Tensor:
+    """[B, 1]: the k-th largest of logits [B, V]; -inf where k [B, 1] is 0."""
+    widest = int(k.clamp(max=logits.shape[1]).max())
+    kth = logits.topk(max(widest, 1)).values.gather(1, (k.clamp(max=logits.shape[1]) - 1).clamp_min(0))
+    return kth.masked_fill(k == 0, -math.inf)
+
+
+def top_p_threshold(logits: Tensor, p: Tensor, head: int = 512) -> Tensor:
+    """[B, 1]: the smallest logit of the smallest set with mass of at least p [B, 1], among logits [B, V].
+
+    Only the `head` most likely tokens are sorted, unless their mass is too small.
+    """
+    values = logits.topk(min(head, logits.shape[1])).values
+    # The mass above each; first in the row, where it is 0, the mass of all of them.
+    before = (values - logits.logsumexp(1, keepdim=True)).exp().cumsum(1).roll(1, 1)
+    if values.shape[1] < logits.shape[1] and bool(((before[:, :1] < p) & (p < 1)).any()):
+        return top_p_threshold(logits, p, logits.shape[1])
+    before[:, 0] = 0.0
+    last = (before < p).sum(1, keepdim=True) - 1
+    return values.gather(1, last).masked_fill(p >= 1, -math.inf)
+
+
+def min_p_threshold(logits: Tensor, p: Tensor) -> Tensor:
+    """[B, 1]: the logit of a token that is p [B, 1] times as likely as the likeliest; -inf where p is 0."""
+    return logits.amax(1, keepdim=True) + p.log()
+
+
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """[B]: the token at which the cumulated probability of logits [B, V] reaches uniform [B], in (0, 1]."""
+    cumulated = logits.double().softmax(1).cumsum(1)
+    return torch.searchsorted(cumulated, (uniform[:, None] * cumulated[:, -1:]).contiguous()).squeeze(1)
+
+
+@dataclass
+class _Row:
+    settings: Sampling
+    prompt: Sequence[int]
+    random: random.Random
+    answer: list[int] = field(default_factory=list)
+
+
+class Sampler:
+    """Picks the next tokens of a batch of requests, each by its own settings, history and random numbers."""
+
+    def __init__(self, settings: Sequence[Sampling], prompts: Sequence[Sequence[int]], vocab: int) -> None:
+        self.vocab = vocab
+        self._rows = [_Row(s, prompt, random.Random(s.seed)) for s, prompt in zip(settings, prompts, strict=True)]
+        for s in settings:
+            for token in (*s.logit_bias, *(s.stop_ids or ())):
+                if token >= vocab:
+                    raise ValueError(f"token id {token} is not in a vocabulary of {vocab}")
+        self._device: torch.device | None = None
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep the requests `rows`, in this order."""
+        self._rows = [self._rows[row] for row in rows]
+        self._device = None
+
+    def __call__(self, logits: Tensor, logprobs: Logprobs | None = None) -> tuple[list[int], list[float] | None]:
+        """The next token of every request from logits [B, vocab], and its log-probability if that is wanted."""
+        processed = self.process(logits)
+        picked = processed.argmax(1)
+        if not self._greedy_all:
+            numbers = [1 - row.random.random() for row in self._rows]
+            drawn = draw(processed, torch.tensor(numbers, dtype=torch.float64, device=logits.device))
+            picked = torch.where(self._greedy, picked, drawn)
+        tokens: list[int] = picked.tolist()
+        if max(tokens) >= self.vocab:
+            raise ValueError("the model's logits are not numbers (NaN); its weights are broken or overflow in this dtype")
+        for row, token in zip(self._rows, tokens, strict=True):
+            row.answer.append(token)
+        if self._penalised:
+            self._counts[torch.arange(len(tokens), device=picked.device), picked] += 1
+        if logprobs is None:
+            return tokens, None
+        chosen = _wide(logits if logprobs == "model" else processed).log_softmax(1).gather(1, picked[:, None])
+        if logprobs == "sampled":
+            chosen = chosen.masked_fill(self._greedy[:, None], 0.0)
+        return tokens, chosen.squeeze(1).tolist()
+
+    def process(self, logits: Tensor) -> Tensor:
+        """The logits [B, vocab] of the distributions that the next tokens are drawn from, by now."""
+        if self._device != logits.device:
+            self._prepare(logits.device)
+        if not self._work:
+            return logits
+        x = _wide(logits)
+        if self._bias is not None:
+            x = x + self._bias
+        if self._penalised:
+            x = repeat_penalty(x, self._in_prompt | (self._counts > 0), self._column("repetition_penalty"))
+            x = count_penalty(x, self._counts, self._column("presence_penalty"), self._column("frequency_penalty"))
+        if self._greedy_all:
+            return x
+        x = x / self._column("temperature").masked_fill(self._greedy[:, None], 1.0)
+        if self._some("top_k", 0):
+            x = _above(x, top_k_threshold(x, self._column("top_k")))
+        if self._some("top_p", 1.0):
+            x = _above(x, top_p_threshold(x, self._column("top_p")))
+        if self._some("min_p", 0.0):
+            x = _above(x, min_p_threshold(x, self._column("min_p")))
+        return x
+
+    def _prepare(self, device: torch.device) -> None:
+        """Settings and histories as tensors; again whenever requests leave."""
+        self._device, shape = device, (len(self._rows), self.vocab)
+        self._columns: dict[str, Tensor] = {}
+        self._greedy = torch.tensor([row.settings.greedy for row in self._rows], device=device)
+        self._greedy_all = bool(self._greedy.all())
+        neutral = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+        self._penalised = any(self._some(name, value) for name, value in neutral.items())
+        self._bias: Tensor | None = None
+        if any(row.settings.logit_bias for row in self._rows):
+            self._bias = torch.zeros(shape, device=device)
+            for n, row in enumerate(self._rows):
+                for token, bias in row.settings.logit_bias.items():
+                    self._bias[n, token] = bias
+        if self._penalised:
+            self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=device)
+            self._counts = torch.zeros(shape, device=device)
+            for n, row in enumerate(self._rows):
+                self._in_prompt[n, torch.tensor(row.prompt, dtype=torch.long, device=device)] = True
+                said = torch.tensor(row.answer, dtype=torch.long, device=device)
+                self._counts[n].index_add_(0, said, torch.ones(len(said), device=device))
+        self._work = self._penalised or self._bias is not None or not self._greedy_all
+
+    def _some(self, name: str, neutral: float) -> bool:
+        return any(getattr(row.settings, name) != neutral for row in self._rows)
+
+    def _column(self, name: str) -> Tensor:
+        """[B, 1]: one setting of all requests."""
+        if name not in self._columns:
+            values = [getattr(row.settings, name) for row in self._rows]
+            self._columns[name] = torch.tensor(values, device=self._device)[:, None]
+        return self._columns[name]
+
+
+def _above(logits: Tensor, threshold: Tensor) -> Tensor:
+    return logits.masked_fill(logits < threshold, -math.inf)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
