@@ -1,0 +1,3 @@
+"""The papers that Landmark is about: the catalogue (`catalogue.toml`, read by `catalogue.py`)."""
+
+from __future__ import annotations
