@@ -155,7 +155,9 @@ class Sampler:
             picked = torch.where(self._greedy, picked, drawn)
         tokens: list[int] = picked.tolist()
         if max(tokens) >= self.vocab:
-            raise ValueError("the model's logits are not numbers (NaN); its weights are broken or overflow in this dtype")
+            raise ValueError(
+                "the model's logits are not numbers (NaN); its weights are broken or overflow in this dtype"
+            )
         for row, token in zip(self._rows, tokens, strict=True):
             row.answer.append(token)
         if self._penalised:
