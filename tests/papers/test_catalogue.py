@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -135,7 +136,12 @@ def test_modules_and_evidence_exist(paper: Paper) -> None:
         else:
             assert (ROOT / evidence).is_file(), f"{evidence} does not exist"
     assert paper.module or not paper.evidence
-    assert paper.status == ("implemented" if paper.module and paper.evidence else "planned")
+
+
+def test_status_follows_from_module_and_evidence() -> None:
+    llama = catalogue.by_id["llama"]
+    assert llama.status == "implemented"
+    assert replace(llama, module=()).status == replace(llama, evidence=()).status == "planned"
 
 
 def test_every_family_and_mechanism_is_in_the_catalogue() -> None:
