@@ -6,6 +6,8 @@ their bounds. Buffers are [slots, heads, capacity, d]; what is returned is viewe
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,27 +16,45 @@ from torch import Tensor
 from ..ctx import Bounds, Ctx
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where this call's tokens go in a cache that holds `past` tokens of each slot; the same for every layer."""
+
+    lengths: tuple[int, ...]  # after the call
+    end: int | None  # where all of them end, if slots are equally long and advance together
+    width: int
+
+    @classmethod
+    def of(cls, ctx: Ctx) -> Place:
+        past, bounds = _past(ctx), ctx.bounds
+        lengths = tuple(p + n for p, (_, n) in zip(past, bounds.sequences, strict=True))
+        together = bounds.dense and len(set(past)) == 1
+        return cls(lengths, lengths[0] if together else None, max(lengths))
+
+    @cached_property
+    def seen(self) -> Bounds:
+        return Bounds.padded(self.lengths, self.width)
+
+
 class KVCache:
-    """Keys and values of every token, up to `capacity`."""
+    """Keys and values of every token, up to `capacity`; memory is taken as sequences grow."""
 
     def __init__(
         self, slots: int, capacity: int, heads: int, k_dim: int, v_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.capacity = capacity
-        self.k = torch.zeros(slots, heads, capacity, k_dim, dtype=dtype, device=device)
-        self.v = torch.zeros(slots, heads, capacity, v_dim, dtype=dtype, device=device)
+        self.k = torch.zeros(slots, heads, 0, k_dim, dtype=dtype, device=device)
+        self.v = torch.zeros(slots, heads, 0, v_dim, dtype=dtype, device=device)
 
     def extend(self, k: Tensor, v: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor, Bounds]:
-        past, bounds = _past(ctx), ctx.bounds
-        lengths = tuple(p + n for p, (_, n) in zip(past, bounds.sequences, strict=True))
-        if max(lengths) > self.capacity:
-            raise ValueError(f"a sequence of {max(lengths)} tokens does not fit a cache of {self.capacity}")
-        if bounds.dense and len(set(past)) == 1:
-            end = lengths[0]
-            self.k[:, :, past[0] : end] = k.transpose(1, 2)
-            self.v[:, :, past[0] : end] = v.transpose(1, 2)
-            return self.k[:, :, :end].transpose(1, 2), self.v[:, :, :end].transpose(1, 2), Bounds(len(past), end)
-        if bounds.dense and bounds.width == 1:
+        place = ctx.memo("place", lambda: Place.of(ctx))
+        past, bounds, width = _past(ctx), ctx.bounds, place.width
+        if width > self.k.shape[2]:
+            self._grow(width)
+        if place.end is not None:
+            self.k[:, :, past[0] : width] = k.transpose(1, 2)
+            self.v[:, :, past[0] : width] = v.transpose(1, 2)
+        elif bounds.dense and bounds.width == 1:
             slots, at = ctx.memo("slots", lambda: _index(past, k.device))
             self.k[slots, :, at], self.v[slots, :, at] = k[:, 0], v[:, 0]
         else:
@@ -44,9 +64,18 @@ class KVCache:
                 self.v[slot, :, past[slot] : past[slot] + n] = v[row, col : col + n].transpose(0, 1)
         if not any(past):
             return k, v, bounds
-        width = max(lengths)
-        held = self.k[:, :, :width].transpose(1, 2), self.v[:, :, :width].transpose(1, 2)
-        return *held, Bounds.padded(lengths, width)
+        return self.k[:, :, :width].transpose(1, 2), self.v[:, :, :width].transpose(1, 2), place.seen
+
+    def _grow(self, width: int) -> None:
+        """Room for `width` tokens and as many again, so that each is moved a few times only."""
+        if width > self.capacity:
+            raise ValueError(f"a sequence of {width} tokens does not fit a cache of {self.capacity}")
+        size = min(self.capacity, max(2 * width, 64))
+        for name in ("k", "v"):
+            old: Tensor = getattr(self, name)
+            new = old.new_zeros(*old.shape[:2], size, old.shape[3])
+            new[:, :, : old.shape[2]] = old
+            setattr(self, name, new)
 
     def select(self, slots: Tensor) -> None:
         self.k, self.v = self.k[slots], self.v[slots]
