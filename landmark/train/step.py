@@ -1,0 +1,72 @@
+"""The training step as a module, so that what wraps modules (DDP, FSDP) sees its forward; and its results, added up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..objectives.base import Loss, Objective
+from ..parallel.world import World
+
+Outcome = tuple[Tensor, int, dict[str, tuple[Tensor, int]]]
+
+
+class Step(nn.Module):
+    """batch -> (sum, count, metrics) of the objective's loss: a plain tuple, whose tensors hooks can find."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, batch: Any) -> Outcome:
+        loss = self.objective.loss(self.model, batch)
+        return loss.sum, loss.count, loss.metrics
+
+
+class Totals:
+    """Sums and counts of losses and metrics over micro-batches, then over processes."""
+
+    def __init__(self) -> None:
+        self.pairs: dict[str, list[Any]] = {}
+
+    def add(self, loss: Loss) -> None:
+        for name, (total, count) in {"loss": (loss.sum.detach(), loss.count), **loss.metrics}.items():
+            pair = self.pairs.setdefault(name, [0.0, 0])
+            pair[0] = pair[0] + total.to(torch.float64)
+            pair[1] += count
+
+    def means(self, world: World) -> dict[str, float]:
+        """Metric -> mean over everything that was added anywhere. One wait for the device, one exchange."""
+        names = list(self.pairs)
+        sums = torch.stack([self.pairs[name][0] for name in names]).tolist()
+        flat = world.sum([*sums, *(self.pairs[name][1] for name in names)])
+        return {
+            name: flat[i] / flat[i + len(names)] if flat[i + len(names)] else math.nan for i, name in enumerate(names)
+        }
+
+
+@torch.no_grad()
+def evaluate(step: nn.Module, batches: Iterable[Any], world: World) -> dict[str, float]:
+    """Means of the objective's loss and metrics over held-out batches, shared out among the processes.
+
+    All processes make equally many calls, as sharded models need; what is repeated for that is not counted.
+    """
+    held: Sequence[Any] = list(batches)
+    if not held:
+        raise ValueError("there is no held-out batch to evaluate on")
+    totals = Totals()
+    step.eval()
+    try:
+        for first in range(0, len(held), world.size):
+            index = first + world.rank
+            loss = Loss(*step(held[min(index, len(held) - 1)].to(world.device)))
+            if index >= len(held):
+                loss = Loss(loss.sum * 0, 0, {name: (total * 0, 0) for name, (total, _) in loss.metrics.items()})
+            totals.add(loss)
+    finally:
+        step.train()
+    return totals.means(world)
