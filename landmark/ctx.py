@@ -42,11 +42,13 @@ class Bounds:
     @cached_property
     def sequences(self) -> tuple[tuple[int, int], ...]:
         """(start, length) of every sequence."""
-        return self.spans or tuple((row * self.width, self.width) for row in range(self.rows))
+        if self.spans is not None:
+            return self.spans
+        return tuple((row * self.width, self.width) for row in range(self.rows))
 
     @cached_property
     def longest(self) -> int:
-        return self.width if self.spans is None else max(length for _, length in self.spans)
+        return self.width if self.spans is None else max((length for _, length in self.spans), default=0)
 
     @cached_property
     def one_a_row(self) -> bool:

@@ -51,7 +51,7 @@ def test_equal_to_transformers(kind: str, alpha: float, early: bool, tmp_path: P
             assert set(row[skip + len(hypothesis.tokens) :]) <= {60}
             assert hypothesis.score == pytest.approx(score, abs=1e-4)
             ended += hypothesis.finish == "stop"
-    assert ended > 2
+    assert ended > 2 or alpha > 1  # a strong reward of length leaves none that ends early
 
 
 @torch.no_grad()
