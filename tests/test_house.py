@@ -19,7 +19,7 @@ FLOORS = [  # a module may import from its own floor and from those below
     {"objectives", "transforms", "parallel"},
     {"infer", "train"},
     {"serve", "evals", "safety", "interp"},
-    {"papers"},
+    {"papers", "quickstart"},
     {"cli", "__init__"},
 ]
 FORBIDDEN = {"transformers", "trl", "peft", "diffusers", "torchvision", "pickle"}
