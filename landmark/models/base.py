@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..config import Config, ModelConfig
 from ..nn.residual import Normed, Parallel, Sublayer
@@ -49,10 +50,20 @@ class Init(Config):
 M = TypeVar("M", bound=nn.Module)
 
 
+class Unfilled(TorchFunctionMode):
+    """Modules do not fill their parameters as they are made: on the meta device there is nothing to fill, and to ask
+    for it makes torch import a second's worth of modules."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        fills = func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
+        return kwargs["tensor"] if fills else func(*args, **kwargs)
+
+
 def materialise(make: Callable[[], M], init: Init) -> M:
     """Build without allocating, then allocate and initialise - unless the caller works on the meta device."""
     target = torch.get_default_device()
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         model = make()
     if target.type == "meta":
         return model

@@ -1,0 +1,172 @@
+"""What a model costs, counted from the structure of the built model: no weights are read, the meta device will do.
+
+A module says what its structure does not: `mixing_flops(context)`, where tokens meet other than through weights, and
+`active_parameters()`, where a token passes only some of the weights (experts).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ..ctx import Bounds, Memory
+from ..nn.embedding import Embedding, Head
+from ..nn.residual import Block, Repeat
+from .backbone import Backbone
+from .base import Model
+from .decoder import Decoder
+from .encoder_decoder import EncoderDecoder
+
+BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
+
+
+@runtime_checkable
+class Mixer(Protocol):
+    def mixing_flops(self, context: int) -> int:
+        """FLOPs per token beyond the weights', for a token that sees `context` tokens."""
+
+
+@runtime_checkable
+class Sparse(Protocol):
+    def active_parameters(self) -> int:
+        """How many of its parameters a token passes."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Parameters, FLOPs per token and bytes. A token of an encoder-decoder is one of the source and one of the target.
+
+    `embedding`: the tables of the embedding, and a head of its own. `flops`: forward, for a token that sees `context`
+    tokens; training takes three times that, as backward is two forwards. `cache_per_token`: what each token adds to
+    the decoding state of a sequence while all windows are longer, and `cache_growth` after `context` tokens; `cache`:
+    the state at `context` tokens; None where nothing is decoded. `memory`: the weights in each number format, without
+    the scales of quantised groups.
+    """
+
+    parameters: int
+    active: int
+    embedding: int
+    layers: int
+    longest: int | None
+    context: int
+    flops: int
+    training_flops: int
+    cache_per_token: int | None
+    cache_growth: int | None
+    cache: int | None
+    memory: Mapping[str, int]
+
+
+def figures(model: Model, *, context: int | None = None, dtype: torch.dtype = torch.bfloat16) -> Figures:
+    """The figures of a built model at `context` tokens (None: the longest text it was made for, or 2048).
+
+    `dtype` is that of the decoding state. Raises ValueError for a context below one token.
+    """
+    longest = longest_text(model)
+    context = context if context is not None else longest or 2048
+    if context < 1:
+        raise ValueError(f"a context of {context} tokens is none; choose at least 1")
+    parameters, flops = count(model), forward_flops(model, context)
+    per_token = growth = cache = None
+    if isinstance(model, Decoder | EncoderDecoder):
+        one, two, cache, beyond = state_bytes(model, dtype, 1, 2, context, context + 1)
+        per_token, growth = two - one, beyond - cache
+    return Figures(
+        parameters=parameters,
+        active=parameters - sum(count(m) - m.active_parameters() for m in model.modules() if isinstance(m, Sparse)),
+        embedding=embedding_parameters(model),
+        layers=depth(model),
+        longest=longest,
+        context=context,
+        flops=flops,
+        training_flops=3 * flops,
+        cache_per_token=per_token,
+        cache_growth=growth,
+        cache=cache,
+        memory={name: -(-parameters * bits // 8) for name, bits in BITS.items()},
+    )
+
+
+def longest_text(model: Model) -> int | None:
+    """The longest text, in tokens, that every part of a model was made for."""
+    parts = [m.cfg.context for m in model.modules() if isinstance(m, Backbone)]
+    return min((context for context in parts if context is not None), default=None)
+
+
+def count(module: nn.Module) -> int:
+    """Parameters, each once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def embedding_parameters(model: nn.Module) -> int:
+    """Tables that are looked up, and heads that own their weight."""
+    tables = (m.modules() for m in model.modules() if isinstance(m, Embedding))
+    weights = {table.weight for part in tables for table in part if isinstance(table, nn.Embedding)}
+    weights |= {m.linear.weight for m in model.modules() if isinstance(m, Head) and m.linear is not None}
+    return sum(weight.numel() for weight in weights)
+
+
+def depth(module: nn.Module) -> int:
+    """How many layers a token passes."""
+    if isinstance(module, Block):
+        return 1
+    return _times(module) * sum(depth(child) for child in module.children())
+
+
+def forward_flops(model: nn.Module, context: int) -> int:
+    """FLOPs of a token that sees `context` tokens: two for every weight of the matrices it passes, and its mixing.
+
+    A layer that is passed several times counts as often, a tied head where it is used.
+    """
+    embedding = next((m for m in model.modules() if isinstance(m, Embedding)), None)
+
+    def passing(module: nn.Module) -> int:
+        flops = module.mixing_flops(context) if isinstance(module, Mixer) else 0
+        if isinstance(module, Sparse):
+            return flops + 2 * module.active_parameters()
+        if isinstance(module, nn.Linear):
+            flops += 2 * module.weight.numel()
+        elif isinstance(module, Head) and module.linear is None:
+            flops += 2 * module.weight(embedding).numel()
+        return _times(module) * (flops + sum(passing(child) for child in module.children()))
+
+    return passing(model)
+
+
+@torch.no_grad()
+def state_bytes(model: Decoder | EncoderDecoder, dtype: torch.dtype, *lengths: int) -> list[int]:
+    """Bytes of the decoding state of one sequence, at each of these lengths in tokens, measured: one layer of each kind
+    computes a last token on the meta device, behind a past that is only said to be there."""
+    cfg = model.cfg.decoder if isinstance(model, EncoderDecoder) else model.cfg
+    kinds = [layer for i, layer in enumerate(cfg.layers) if layer not in cfg.layers[:i]]
+    meta, sizes = torch.device("meta"), []
+    with meta:
+        twin = replace(cfg, layers=tuple(kinds)).build().to(dtype)
+    for length in lengths:
+        state, memory = twin.new_state(1, length), None
+        state.lengths = [length - 1]
+        if isinstance(model, EncoderDecoder):
+            source = torch.empty(1, length, model.encoder.cfg.dim, dtype=dtype, device=meta)
+            memory = Memory(source, Bounds(1, length))
+        twin.hidden(torch.empty(1, 1, dtype=torch.long, device=meta), state=state, memory=memory)
+        by_kind = [sum(t.nbytes for t in _tensors(part)) for part in state.layers]
+        sizes.append(sum(by_kind[kinds.index(layer)] for layer in cfg.layers))
+    return sizes
+
+
+def _tensors(part: Any) -> Iterator[Tensor]:
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, dict | list | tuple):
+        for item in part.values() if isinstance(part, dict) else part:
+            yield from _tensors(item)
+    elif part is not None and not isinstance(part, int | Bounds):
+        yield from _tensors(vars(part))
+
+
+def _times(module: nn.Module) -> int:
+    return module.times if isinstance(module, Repeat) else 1
