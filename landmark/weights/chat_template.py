@@ -2,8 +2,8 @@
 
 A template comes from the same place as the weights and is untrusted, so it runs in Jinja's immutable sandbox on
 plain JSON values, and whatever goes wrong in it is one ValueError.  What a template may use beyond Jinja's own
-language is the de-facto standard of Hugging Face directories: ``tojson`` without HTML escapes, ``raise_exception``,
-``strftime_now``, ``{% break %}`` and ``{% continue %}``, and ``{% generation %}``, which marks what the assistant says.
+language is the de-facto standard of Hugging Face directories: `tojson` without HTML escapes, `raise_exception`,
+`strftime_now`, `{% break %}` and `{% continue %}`, and `{% generation %}`, which marks what the assistant says.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 Message = Mapping[str, Any]
-"""One turn: ``role`` and ``content``, and whatever else the template reads (``tool_calls``, ``name``, ...)."""
+"""One turn: `role` and `content`, and whatever else the template reads (`tool_calls`, `name`, ...)."""
 
 CHATML = """\
 {%- for message in messages -%}
@@ -40,7 +40,7 @@ CHATML = """\
 
 
 class ChatTemplate:
-    """A compiled template.  Raises ValueError when ``source`` is not a template."""
+    """A compiled template.  Raises ValueError when `source` is not a template."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -50,11 +50,11 @@ class ChatTemplate:
             raise ValueError(f"chat template: {error.message} in line {error.lineno}") from error
 
     def render(self, messages: Sequence[Message], **variables: Any) -> str:
-        """The prompt.  ``variables`` are the template's other inputs (``tools``, ``bos_token``, ...), JSON values."""
+        """The prompt.  `variables` are the template's other inputs (`tools`, `bos_token`, ...), JSON values."""
         return self._run(messages, variables, ("", ""))
 
     def render_spans(self, messages: Sequence[Message], **variables: Any) -> tuple[str, list[tuple[int, int]]]:
-        """The prompt, and the [start, end) character ranges inside ``{% generation %}``: what the assistant says."""
+        """The prompt, and the [start, end) character ranges inside `{% generation %}`: what the assistant says."""
         prompt = self.render(messages, **variables)
         # U+FDD0..U+FDEF are for a program's own use and never text: two that the prompt lacks bracket the blocks.
         opening, closing = [mark for mark in map(chr, range(0xFDD0, 0xFDF0)) if mark not in prompt][:2]
@@ -83,7 +83,7 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """``{% generation %} ... {% endgeneration %}``: its content between the two marks of the render."""
+    """`{% generation %} ... {% endgeneration %}`: its content between the two marks of the render."""
 
     tags = {"generation"}
 
@@ -105,7 +105,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _PublicNamespace(Namespace):
-    """``namespace()`` without underscore names, through which a template could plant attributes."""
+    """`namespace()` without underscore names, through which a template could plant attributes."""
 
     def __init__(self, values: Mapping[str, Any] | None = None, /, **more: Any) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ def _raise(message: str) -> NoReturn:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` rebuilt of plain JSON types: a template gets no object with methods of its own."""
+    """`value` rebuilt of plain JSON types: a template gets no object with methods of its own."""
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:

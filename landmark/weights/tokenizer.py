@@ -14,11 +14,12 @@ from typing import Any, Self
 import numpy as np
 from tokenizers import Tokenizer as Backend
 
-from landmark.weights import tokenizer_formats
-from landmark.weights.chat_template import ChatTemplate, Message
+from . import tokenizer_formats
+from .chat_template import ChatTemplate, Message
+from .files import beside
 
 ROLES = ("bos", "eos", "pad", "unk", "mask", "cls", "sep")
-"""The special tokens that have a name; ``Tokenizer.special_tokens`` maps these to the tokens' text."""
+"""The special tokens that have a name; `Tokenizer.special_tokens` maps these to the tokens' text."""
 
 # What published vocabularies call them, for a directory that does not say.
 _USUAL_NAMES: dict[str, tuple[str, ...]] = {
@@ -35,9 +36,9 @@ _USUAL_NAMES: dict[str, tuple[str, ...]] = {
 class Tokenizer:
     """Text to ids and back.
 
-    ``backend`` is the pipeline of the ``tokenizers`` library.  ``special_tokens`` says which token plays which of
-    ``ROLES``, ``chat_templates`` holds Jinja sources by name (``default``, perhaps ``tool_use``), ``config`` is
-    tokenizer_config.json, and ``files`` are the bytes that the tokenizer was read from, which ``save`` writes again.
+    `backend` is the pipeline of the `tokenizers` library.  `special_tokens` says which token plays which of
+    `ROLES`, `chat_templates` holds Jinja sources by name (`default`, perhaps `tool_use`), `config` is
+    tokenizer_config.json, and `files` are the bytes that the tokenizer was read from, which `save` writes again.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Tokenizer:
         return cls(backend, roles, _templates(folder, files, config), config, files | vocabulary)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes what ``load`` and transformers' AutoTokenizer read.  A tokenizer that was loaded is written as the
+        """Writes what `load` and transformers' AutoTokenizer read.  A tokenizer that was loaded is written as the
         files that it came from, with a tokenizer.json beside them when it had none."""
         folder = Path(folder)
         if folder.exists() and not folder.is_dir():
@@ -108,11 +109,8 @@ class Tokenizer:
                 main = name == "default"
                 files["chat_template.jinja" if main else f"additional_chat_templates/{name}.jinja"] = source.encode()
         for name, data in files.items():
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            beside = target.with_name(f".{target.name}.tmp")
-            beside.write_bytes(data)
-            beside.replace(target)
+            with beside(folder / name) as temporary:
+                temporary.write_bytes(data)
 
     def _config_json(self) -> dict[str, Any]:
         # The class that takes tokenizer.json as it is, whatever model lies beside it.
@@ -158,13 +156,13 @@ class Tokenizer:
     # -- text to ids -----------------------------------------------------------------------------------------------
 
     def encode(self, text: str, special: bool = False, literal: bool = False) -> list[int]:
-        """Ids of ``text``.  ``special`` adds what the model expects around a text (bos, [CLS] ... [SEP]).  ``literal``
-        reads the text of a special token inside ``text`` as text, so that no document can forge a boundary."""
+        """Ids of `text`.  `special` adds what the model expects around a text (bos, [CLS] ... [SEP]).  `literal`
+        reads the text of a special token inside `text` as text, so that no document can forge a boundary."""
         backend = self._literal if literal else self.backend
         return backend.encode(text, add_special_tokens=special).ids
 
     def encode_batch(self, texts: Sequence[str], special: bool = False, literal: bool = False) -> list[list[int]]:
-        """``encode`` of each text, on all cores."""
+        """`encode` of each text, on all cores."""
         backend = self._literal if literal else self.backend
         return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=special)]
 
@@ -174,15 +172,27 @@ class Tokenizer:
         twin.encode_special_tokens = True
         return twin
 
+    @functools.cached_property
+    def breaks_at_lines(self) -> bool:
+        """Whether a line feed before an ASCII letter always ends a token, so that a text may be encoded in parts."""
+        splitter = self.backend.pre_tokenizer
+        if splitter is None or self.backend.normalizer is not None:
+            return False
+        state = json.loads(splitter.__getstate__())
+        parts = state["pretokenizers"] if state["type"] == "Sequence" else [state]
+        patterns = [part["pattern"].get("Regex") for part in parts if part["type"] == "Split"]
+        byte_level = parts[-1]["type"] == "ByteLevel" and len(parts) == len(patterns) + 1
+        return byte_level and (parts[-1]["use_regex"] or patterns[0] in tokenizer_formats.PATTERNS)
+
     # -- ids to text -----------------------------------------------------------------------------------------------
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         stream = self.stream(skip_special=skip_special)
         return "".join([stream.step(token_id) for token_id in ids]) + stream.flush()
 
     def stream(self, prompt: Sequence[int] = (), skip_special: bool = True) -> StreamDecoder:
-        """A decoder for ids that arrive one by one after ``prompt``."""
+        """A decoder for ids that arrive one by one after `prompt`."""
         return StreamDecoder(self, prompt, skip_special)
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -224,7 +234,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """The prompt of a conversation.  ``tools`` are JSON schemas of functions; ``variables`` go to the template."""
+        """The prompt of a conversation.  `tools` are JSON schemas of functions; `variables` go to the template."""
         template, variables = self._chat(tools, add_generation_prompt, variables)
         return template.render(messages, **variables)
 
@@ -235,14 +245,14 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> list[int]:
-        """Ids of ``apply_chat_template``."""
+        """Ids of `apply_chat_template`."""
         return self.encode(self.apply_chat_template(messages, tools, add_generation_prompt, **variables))
 
     def encode_chat_mask(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any
     ) -> tuple[list[int], list[bool]]:
         """Ids of a whole conversation, and which of them the assistant says: those that overlap the template's
-        ``{% generation %}`` blocks, the tokens that supervised fine-tuning learns."""
+        `{% generation %}` blocks, the tokens that supervised fine-tuning learns."""
         template, variables = self._chat(tools, False, variables)
         prompt, spans = template.render_spans(messages, **variables)
         if not spans and any(message["role"] == "assistant" for message in messages):
@@ -265,8 +275,8 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes ids as they come.  The steps and the flush together are the text that ``decode`` gives for all of the
-    ids after ``prompt``; no step returns a part of a character."""
+    """Decodes ids as they come.  The steps and the flush together are the text that `decode` gives for all of the
+    ids after `prompt`; no step returns a part of a character."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), skip_special: bool = True) -> None:
         self._tokenizer = tokenizer

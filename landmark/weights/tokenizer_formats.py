@@ -1,4 +1,4 @@
-"""Vocabulary files as pipelines of the ``tokenizers`` library that give the ids of the program that wrote them."""
+"""Vocabulary files as pipelines of the `tokenizers` library that give the ids of the program that wrote them."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ O200K_PATTERN = "|".join(
     ]
 )
 
+PATTERNS = frozenset((GPT2_PATTERN, CL100K_PATTERN, QWEN_PATTERN, O200K_PATTERN))
 SENTENCEPIECE_NAMES = ("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model", "sentencepiece.model")
 
 
@@ -53,7 +54,7 @@ def byte_alphabet() -> dict[str, int]:
 def read(path: Path, config: Mapping[str, Any], added: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, bytes]]:
     """The pipeline of a directory or vocabulary file, and the vocabulary files by name.
 
-    ``config`` is its tokenizer_config.json and ``added`` its added_tokens.json ({text: id}), as far as there are such.
+    `config` is its tokenizer_config.json and `added` its added_tokens.json ({text: id}), as far as there are such.
     """
     files = _vocabulary_files(path)
     name, data = next(iter(files.items()))
@@ -93,12 +94,12 @@ def _vocabulary_files(path: Path) -> dict[str, bytes]:
 
 
 def _lines(text: str) -> list[str]:
-    """Lines that end in a line feed alone: a vocabulary has tokens that ``str.splitlines`` would break."""
+    """Lines that end in a line feed alone: a vocabulary has tokens that `str.splitlines` would break."""
     return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
 
 
 def wrap(backend: Tokenizer, first: str | None, last: str | None) -> None:
-    """Makes the pipeline put ``first`` before and ``last`` after each text when special tokens are asked for."""
+    """Makes the pipeline put `first` before and `last` after each text when special tokens are asked for."""
     single = [*([first] if first else []), "$A", *([last] if last else [])]
     pair = single + [part.replace("$A", "$B") + ":1" for part in single]
     ids = [(token, backend.token_to_id(token)) for token in {first, last} if token]
@@ -106,7 +107,7 @@ def wrap(backend: Tokenizer, first: str | None, last: str | None) -> None:
 
 
 def bert_frame(backend: Tokenizer, cls: str = "[CLS]", sep: str = "[SEP]") -> None:
-    """``[CLS] A [SEP]`` and ``[CLS] A [SEP] B [SEP]``, the second text of type 1."""
+    """`[CLS] A [SEP]` and `[CLS] A [SEP] B [SEP]`, the second text of type 1."""
     backend.post_processor = TemplateProcessing(
         single=[cls, "$A", sep],
         pair=[cls, "$A", sep, "$B:1", f"{sep}:1"],
@@ -115,7 +116,7 @@ def bert_frame(backend: Tokenizer, cls: str = "[CLS]", sep: str = "[SEP]") -> No
 
 
 def reserved_split(names: Iterable[str]) -> pre_tokenizers.PreTokenizer:
-    """Breaks each of ``names`` in a text after its first character.  Unigram's lattice matches every piece of its
+    """Breaks each of `names` in a text after its first character.  Unigram's lattice matches every piece of its
     vocabulary, and the names of control and byte pieces must not be made by a text that spells them."""
     pattern = "|".join(f"(?:{_escape(name[0])}(?={_escape(name[1:])}))" for name in names if len(name) > 1)
     return pre_tokenizers.Split(Regex(pattern), "isolated")
@@ -309,7 +310,7 @@ def from_tiktoken(
 
 
 def byte_level(backend: Tokenizer, pattern: str) -> None:
-    """Words by ``pattern``, their bytes as the characters of ``byte_alphabet``."""
+    """Words by `pattern`, their bytes as the characters of `byte_alphabet`."""
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), "isolated"),
@@ -324,7 +325,7 @@ def byte_level(backend: Tokenizer, pattern: str) -> None:
 
 def from_merges(vocab: Mapping[str, int], merges_text: str, config: Mapping[str, Any] | None = None) -> Tokenizer:
     """GPT-2's vocab.json and merges.txt, with RoBERTa's or DeBERTa's frame when their tokens are there; or GPT-1's,
-    whose words end in ``</w>``."""
+    whose words end in `</w>`."""
     merges: list[tuple[str, str]] = []
     for number, line in enumerate(_lines(merges_text)):
         if not line or (number == 0 and line.startswith("#version")):
@@ -367,7 +368,7 @@ def from_merges(vocab: Mapping[str, int], merges_text: str, config: Mapping[str,
 
 
 def from_wordpiece(tokens: list[str], config: Mapping[str, Any] | None = None) -> Tokenizer:
-    """BERT's vocab.txt, one token a line; lower case unless ``do_lower_case`` is false."""
+    """BERT's vocab.txt, one token a line; lower case unless `do_lower_case` is false."""
     config = config or {}
     vocab = {token: index for index, token in enumerate(tokens)}
     if missing := [token for token in ("[UNK]", "[CLS]", "[SEP]") if token not in vocab]:

@@ -10,9 +10,9 @@ from typing import Literal
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from landmark.weights.chat_template import CHATML
-from landmark.weights.tokenizer import Tokenizer
-from landmark.weights.tokenizer_formats import (
+from .chat_template import CHATML
+from .tokenizer import Tokenizer
+from .tokenizer_formats import (
     CL100K_PATTERN,
     bert_frame,
     byte_alphabet,
@@ -44,15 +44,15 @@ def train_tokenizer(
     lowercase: bool = True,
     progress: bool = False,
 ) -> Tokenizer:
-    """Trains a vocabulary of ``vocab_size`` tokens (fewer when ``texts`` do not yield so many).
+    """Trains a vocabulary of `vocab_size` tokens (fewer when `texts` do not yield so many).
 
-    ``bpe`` is byte-level (Sennrich et al., 1508.07909, over the 256 bytes as in GPT-2): every text round-trips.  Words
-    are cut by ``pattern``.  ``wordpiece`` is BERT's (Devlin et al., 1810.04805), after its normaliser (``lowercase``).
-    ``unigram`` is sentencepiece's (Kudo, 1804.10959) with byte fallback: every text round-trips, but for U+2581, its
-    mark for a space.  ``special_tokens`` maps roles to tokens (``DEFAULT_SPECIAL``) and ``extra_tokens`` are special
+    `bpe` is byte-level (Sennrich et al., 1508.07909, over the 256 bytes as in GPT-2): every text round-trips.  Words
+    are cut by `pattern`.  `wordpiece` is BERT's (Devlin et al., 1810.04805), after its normaliser (`lowercase`).
+    `unigram` is sentencepiece's (Kudo, 1804.10959) with byte fallback: every text round-trips, but for U+2581, its
+    mark for a space.  `special_tokens` maps roles to tokens (`DEFAULT_SPECIAL`) and `extra_tokens` are special
     tokens without a role: by default none, but for bpe ChatML's, with its template.
 
-    The same texts give the same tokenizer, but for ``unigram``, whose trainer adds in hash order: there the order of
+    The same texts give the same tokenizer, but for `unigram`, whose trainer adds in hash order: there the order of
     pieces of equal score differs between runs, and a score by some parts in ten thousand.
     Raises ValueError for a vocabulary that is too small, or when there is no text.
     """
