@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -28,5 +28,5 @@ class Objective(Protocol):
     def count(self, batch: Any) -> int:
         """What `loss(model, batch).count` will be, without running the model."""
 
-    def loss(self, model: nn.Module, batch: Any) -> Loss:
+    def loss(self, model: Any, batch: Any) -> Loss:
         """The loss of one (micro-)batch."""

@@ -26,6 +26,8 @@ class Evaluation(Config):
 
     every: int | None = 250
     batches: int = 16
+    prompts: tuple[str, ...] = ()  # to be continued, by as many tokens, at every evaluation
+    tokens: int = 48
 
 
 class Settings(Config):

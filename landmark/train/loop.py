@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -22,29 +23,30 @@ from torch import Tensor
 
 from ..config import to_dict
 from ..models.base import Model
+from ..models.inspect import forward_flops
 from ..objectives.base import Loss, Objective
 from ..parallel import data as parallel
 from ..parallel.world import World, world
 from ..weights.checkpoint import as_dtype
 from . import checkpoint
 from .config import Settings
-from .flops import training_flops
 from .interrupt import Interrupted, catch_interrupts
 from .metrics import Log, matmul_rate, peak_memory
 from .optim import Updater
-from .step import Step, Totals, evaluate
+from .step import Step, Totals, evaluate, extent
 
 
 class Batches(Protocol):
     """An iterator of (micro-)batches that can say where it is, as JSON-ready data, and go back there.
 
-    A batch has `tokens`, [..., T], and `to(device)`; the rest is between it and the objective.
+    A batch is a dataclass with `to(device)` and `tokens`, or `source` and `target_in`, [..., T]; the rest is between it
+    and the objective.
     """
 
     def __iter__(self) -> Iterator[Any]: ...
     def __next__(self) -> Any: ...
     def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Callback:
@@ -150,7 +152,7 @@ class Run:
         self.store = checkpoint.Store(out / "checkpoints", keep=settings.checkpoints.keep, world=here)
         self.step = 0  # updates done
         self.tokens = 0  # read so far, by all processes
-        self.evaluated: tuple[int, float] | None = None  # when last, and the held-out loss then
+        self.evaluated: tuple[int, dict[str, float]] | None = None  # when last, and the held-out metrics then
         self.best: tuple[str, float] | None = None  # the checkpoint of the lowest held-out loss
 
     def open(self, resume: bool) -> Path | None:
@@ -173,7 +175,6 @@ class Run:
         model = self.model.to(here.device, parallel.parameter_dtype(self.dtype, settings.parallel, here)).train()
         for p in model.parameters():
             p.data = p.data.clone()  # mapped from a file, it would lie in other places the next time
-        self.flops = training_flops(model)  # per token, as a function of the context
         self.forward = parallel.wrap(Step(model, self.objective), settings.parallel, self.dtype, here)
         self.updater = Updater(model, settings.optimizer)
         if latest is not None and state is not None:
@@ -184,7 +185,7 @@ class Run:
         """One update of the weights from `accumulate` micro-batches in every process. Its record for the log."""
         settings, here, began = self.settings, self.world, time.perf_counter()
         micro = [self.next_batch().to(here.device) for _ in range(settings.accumulate)]
-        count, tokens = here.sum([sum(map(self.objective.count, micro)), sum(b.tokens.numel() for b in micro)])
+        count, tokens = here.sum([sum(map(self.objective.count, micro)), sum(extent(b)[0] for b in micro)])
         totals, losses = Totals(), []
         for i, batch in enumerate(micro):
             with parallel.synchronised(self.forward, i == len(micro) - 1 or bool(self.updater.masters)):
@@ -210,9 +211,14 @@ class Run:
             "lr": settings.optimizer.lr * factor,
             "grad_norm": norm,
             "tokens_per_s": speed,
-            "mfu": speed * self.flops(micro[0].tokens.shape[-1]) / peak,
+            "mfu": speed * self.flops(extent(micro[0])[1]) / peak,
             "memory": peak_memory(here.device),
         }
+
+    @cache  # noqa: B019  (a run lives as long as its process)
+    def flops(self, length: int) -> int:
+        """Of a token in rows of `length`, forward and twice that backward; it sees half of its row on average."""
+        return 3 * forward_flops(self.model, max(1, length // 2))
 
     def next_batch(self) -> Any:
         try:
@@ -241,14 +247,15 @@ class Run:
             record["samples"] = self.sample(self.model)
             self.model.train()
         checkpoint.set_random_state(before, self.world.device)
-        self.evaluated = self.step, means["loss"]
+        self.evaluated = self.step, means
         return record
 
     def save(self) -> Path:
         """A checkpoint of this moment."""
         if self.evaluated is not None and self.evaluated[0] == self.step:
-            if self.best is None or self.evaluated[1] < self.best[1]:
-                self.best = self.store.name(self.step), self.evaluated[1]
+            loss = self.evaluated[1]["loss"]
+            if self.best is None or loss < self.best[1]:
+                self.best = self.store.name(self.step), loss
         ranks = self.world.gather(
             {"data": self.batches.state_dict(), "random": checkpoint.random_state(self.world.device)}
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -70,3 +71,9 @@ def evaluate(step: nn.Module, batches: Iterable[Any], world: World) -> dict[str,
     finally:
         step.train()
     return totals.means(world)
+
+
+def extent(batch: Any) -> tuple[int, int]:
+    """How many tokens a batch makes a model read, and how many of them lie in a row: of `tokens`, or of a pair."""
+    read = [getattr(batch, f.name) for f in fields(batch) if f.name in ("tokens", "source", "target_in")]
+    return sum(ids.numel() for ids in read), max(ids.shape[-1] for ids in read)

@@ -1,0 +1,71 @@
+"""`landmark train`: a run from its TOML file."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ..models.base import Model
+    from ..train import TrainConfig
+    from ..weights.tokenizer import Tokenizer
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="The run, as a TOML file.")],
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key: optimizer.lr=1e-3.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest checkpoint.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")] = False,
+) -> None:
+    """Train a model. The smallest run.toml has two lines: out = "runs/first" and steps = 500.
+
+    Several processes on this machine: torchrun --nproc-per-node 2 -m landmark.cli.main train run.toml
+    """
+    from ..train import Diverged, Interrupted, TrainConfig
+    from ..train import train as run_training
+    from ..train.progress import progress
+    from ..train.read import override, parse, read_toml
+
+    settings = parse(TrainConfig, override(read_toml(config), assignments or []))
+    callbacks = [] if as_json else [progress()]
+    try:
+        run = run_training(settings, callbacks=callbacks, sample=_sample(settings), resume=resume)
+    except Interrupted as stop:
+        again = ["landmark", "train", str(config), *(x for a in assignments or [] for x in ("--set", a)), "--resume"]
+        print(f"landmark: {stop}; go on with: {shlex.join(again)}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except Diverged as error:
+        print(f"landmark: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    if not run.world.first:
+        return
+    held_out = run.evaluated[1] if run.evaluated else None
+    if as_json:
+        print(json.dumps({"out": str(run.out), "step": run.step, "tokens": run.tokens, "held_out": held_out}))
+    else:
+        print(f"The model is in {run.out}. Next: landmark generate {shlex.quote(str(run.out))} 'Once upon a time'")
+
+
+def _sample(settings: TrainConfig) -> Callable[[Model, Tokenizer], list[str]] | None:
+    """Continuations of the prompts of [evaluation], the same draw every time."""
+    from ..infer.generate import generate
+    from ..infer.sampling import Sampling
+    from ..models.decoder import Decoder
+
+    prompts = settings.evaluation.prompts
+    sampling = Sampling(temperature=0.8, top_p=0.95, seed=0, max_tokens=settings.evaluation.tokens)
+
+    def sample(model: Model, tokenizer: Tokenizer) -> list[str]:
+        assert isinstance(model, Decoder)
+        answers = generate(model, [tokenizer.encode(p) for p in prompts], sampling, tokenizer=tokenizer)
+        return [prompt + (answer.text or "") for prompt, answer in zip(prompts, answers, strict=True)]
+
+    return sample if prompts else None
