@@ -1,0 +1,198 @@
+"""`landmark generate`: continue prompts, or translate them with an encoder-decoder."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ..infer.sampling import Sampling
+    from ..models.decoder import Decoder
+    from ..models.encoder_decoder import EncoderDecoder
+    from ..weights.tokenizer import Tokenizer
+
+# Shared with `landmark chat`. What is left out is as the model's own generation_config.json says.
+Model = Annotated[str, typer.Argument(help="Model directory or hub id.", show_default=False)]
+MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+Temperature = Annotated[float | None, typer.Option(help="0 takes the most likely token.")]
+TopK = Annotated[int | None, typer.Option(help="Draw from the k most likely tokens.")]
+TopP = Annotated[float | None, typer.Option(help="Draw from the most likely tokens with this much probability.")]
+MinP = Annotated[float | None, typer.Option(help="Draw from tokens at least this likely, relative to the likeliest.")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1: less of what was said or read before.")]
+PresencePenalty = Annotated[float | None, typer.Option(help="Subtracted from tokens of the answer, once.")]
+FrequencyPenalty = Annotated[float | None, typer.Option(help="Subtracted from tokens of the answer, each time.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given several times.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: as stored.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+
+
+def generate(
+    model: Model,
+    text: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Prompts; none: standard input is one.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="One more prompt; may be given several times.")] = None,
+    file: Annotated[list[Path] | None, typer.Option(help="A text file that is a prompt.")] = None,
+    lines: Annotated[bool, typer.Option("--lines", help="Every line of files and standard input is a prompt.")] = False,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each prompt, with seeds that count up.")] = 1,
+    beams: Annotated[int, typer.Option(min=0, help="Search with so many beams instead of drawing.")] = 0,
+    length_penalty: Annotated[float, typer.Option(help="Of the beam search (Wu et al. 2016).")] = 0.6,
+    stream: Annotated[
+        bool | None, typer.Option(help="Print tokens as they come; default: on a terminal, for one answer.")
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Continue prompts with a language model, or answer sources with an encoder-decoder.
+
+    landmark generate runs/quickstart/model "import os" --temperature 0.7
+    """
+    prompts = read_prompts([*(text or ()), *(prompt or ())], file or [], lines)
+    if beams and samples > 1:
+        raise ValueError("--samples draws answers and --beams searches for the best; give one of them")
+    loaded, tokenizer = open_model(model, dtype, device)
+    from ..infer.defaults import recommended
+
+    sampling = recommended(
+        loaded, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+        seed=seed, stop=tuple(stop) if stop else None,
+    )  # fmt: skip
+    terminal = sys.stdout.isatty()
+    flowing = not as_json and not beams and len(prompts) * samples == 1
+    flowing = flowing and (terminal if stream is None else stream)
+    if stream and not flowing:
+        raise ValueError("--stream prints one answer as it comes; leave out --json, --beams and further prompts")
+    began = time.perf_counter()
+    if beams:
+        answers = _search(loaded, tokenizer, prompts, beams, length_penalty, sampling)
+    else:
+        answers = _draw(loaded, tokenizer, prompts, samples, sampling, echo=terminal, flowing=flowing)
+    seconds, count = time.perf_counter() - began, sum(len(answer["tokens"]) for answer in answers)
+    if as_json:
+        report = {"model": model, "answers": answers, "tokens": count, "seconds": round(seconds, 4)}
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+        return
+    if not flowing:
+        for answer in answers:
+            _heading(answer["prompt"] if terminal else "")
+            print(printable(answer["text"]))
+    if terminal:
+        _dim(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s")
+
+
+def read_prompts(given: list[str], files: list[Path], lines: bool) -> list[str]:
+    """What the command line, files and standard input (if there is nothing else) hold."""
+    texts = [path.read_text(encoding="utf-8") for path in files]
+    if not given and not files:
+        if sys.stdin.isatty():
+            raise ValueError("there is no prompt; give one, or --file, or pipe one in")
+        texts = [sys.stdin.read()]
+    texts = [part for text in texts for part in (text.splitlines() if lines else [text.removesuffix("\n")])]
+    prompts = [*given, *(part for part in texts if part)]
+    if not prompts:
+        raise ValueError("the prompt is empty; give some text")
+    return prompts
+
+
+def open_model(spec: str, dtype: str | None, device: str) -> tuple[Decoder | EncoderDecoder, Tokenizer]:
+    """A generating model and its tokenizer."""
+    import landmark
+
+    from ..models.decoder import Decoder
+    from ..models.encoder_decoder import EncoderDecoder
+    from ..weights.checkpoint import locate
+    from ..weights.tokenizer import Tokenizer
+
+    directory = locate(spec)
+    model = landmark.load(directory, dtype=dtype, device=device)
+    if not isinstance(model, Decoder | EncoderDecoder):
+        raise ValueError(f"{spec} is a {type(model).__name__}, which does not generate; give a decoder")
+    return model, Tokenizer.load(directory)
+
+
+def printable(text: str) -> str:
+    """Text without the control characters that would steer a terminal."""
+    return "".join(c for c in text if (c >= " " and not "\x7f" <= c < "\xa0") or c in "\n\t")
+
+
+def _encode(model: Decoder | EncoderDecoder, tokenizer: Tokenizer, prompts: list[str]) -> list[list[int]]:
+    from ..infer.chat import prompt_ids
+    from ..models.encoder_decoder import EncoderDecoder
+
+    if isinstance(model, EncoderDecoder):
+        return [tokenizer.encode(prompt, special=True) for prompt in prompts]
+    return [prompt_ids(tokenizer, prompt) for prompt in prompts]
+
+
+def _draw(
+    model: Decoder | EncoderDecoder, tokenizer: Tokenizer, prompts: list[str], samples: int, sampling: Sampling, *,
+    echo: bool, flowing: bool,
+) -> list[dict[str, Any]]:  # fmt: skip
+    from dataclasses import replace
+
+    from ..infer.generate import stream
+
+    seeds = [None if sampling.seed is None else sampling.seed + n for n in range(samples)]
+    settings = [replace(sampling, seed=seed) for _ in prompts for seed in seeds]
+    ids = [row for row in _encode(model, tokenizer, prompts) for _ in seeds]
+    answers: list[dict[str, Any]] = [
+        {"prompt": prompt, "text": "", "tokens": [], "finish": "length", "seed": seed}
+        for prompt in prompts for seed in seeds
+    ]  # fmt: skip
+    if flowing:
+        _heading(prompts[0] if echo else "")
+    for event in stream(model, ids, settings, tokenizer=tokenizer):
+        answer = answers[event.index]
+        answer["text"] += event.text
+        answer["tokens"].append(event.token)
+        answer["finish"] = event.finish
+        if flowing:
+            print(printable(event.text), end="\n" if event.finish else "", flush=True)
+    return answers
+
+
+def _search(
+    model: Decoder | EncoderDecoder, tokenizer: Tokenizer, prompts: list[str], width: int, length_penalty: float,
+    sampling: Sampling,
+) -> list[dict[str, Any]]:  # fmt: skip
+    from ..infer.beam import Beams, beam_search
+
+    beams = Beams(width=width, n_best=width, length_penalty=length_penalty, max_tokens=sampling.max_tokens)
+    answers = []
+    ids = _encode(model, tokenizer, prompts)
+    for prompt, found in zip(prompts, beam_search(model, ids, beams, tokenizer=tokenizer), strict=True):
+        best, *others = found
+        answer = {"prompt": prompt, "text": best.text, "tokens": best.tokens, "finish": best.finish}
+        rest = [{"text": h.text, "score": h.score, "logprob": h.logprob} for h in others]
+        answers.append({**answer, "score": best.score, "logprob": best.logprob, "others": rest})
+    return answers
+
+
+def _heading(prompt: str) -> None:
+    """The prompt, before what continues it."""
+    if prompt:
+        _dim(printable(prompt), end="")
+
+
+def _dim(text: str, end: str = "\n") -> None:
+    from rich.console import Console
+
+    Console(highlight=False).print(text, style="dim", end=end, markup=False, soft_wrap=True)
