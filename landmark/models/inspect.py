@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..ctx import Bounds, Memory
 from ..nn.embedding import Embedding, Head
+from ..nn.heads import SequenceHead
 from ..nn.residual import Block, Repeat
 from .backbone import Backbone
 from .base import Model
@@ -120,11 +121,14 @@ def depth(module: nn.Module) -> int:
 def forward_flops(model: nn.Module, context: int) -> int:
     """FLOPs of a token that sees `context` tokens: two for every weight of the matrices it passes, and its mixing.
 
-    A layer that is passed several times counts as often, a tied head where it is used.
+    A layer that is passed several times counts as often, a tied head where it is used, and a head that speaks once a
+    text not at all.
     """
     embedding = next((m for m in model.modules() if isinstance(m, Embedding)), None)
 
     def passing(module: nn.Module) -> int:
+        if isinstance(module, SequenceHead):
+            return 0
         flops = module.mixing_flops(context) if isinstance(module, Mixer) else 0
         if isinstance(module, Sparse):
             return flops + 2 * module.active_parameters()

@@ -167,6 +167,10 @@ class CrossAttention(nn.Module):
     def new_state(self, slots: int, capacity: int, dtype: torch.dtype, device: torch.device) -> CrossCache:
         return CrossCache()
 
+    def mixing_flops(self, context: int) -> int:
+        """FLOPs per target token beyond the weights', for a source of `context` tokens."""
+        return 4 * context * self.cfg.heads * self.cfg.head_dim
+
     def forward(self, x: Tensor, ctx: Ctx, state: CrossCache | None = None) -> Tensor:
         def heads(y: Tensor) -> Tensor:
             return y.view(*y.shape[:-1], self.cfg.heads, self.cfg.head_dim)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ..config import flatten, to_dict
 from ..models.backbone import Backbone
 from ..models.base import Model
+from ..models.layer_keys import FULL, SLIDING
+from ..nn.residual import Layer
 from .rebuild import rebuilt
 
 DEPTH = ("num_hidden_layers", "n_layer", "num_layers")  # how config.json may call it
@@ -30,10 +33,14 @@ def upscale_depth(model: Model, drop: int) -> Model:
         prefix = f"layers.{index}."
         layer = {name.removeprefix(prefix): tensor for name, tensor in old.items() if name.startswith(prefix)}
         weights |= {f"layers.{new_index}.{name}": tensor for name, tensor in layer.items()}
-    hf: dict[str, Any] = {}
+    layers = tuple(model.cfg.layers[index] for index in kept)
+    said: dict[str, Any] = {}
     if model.origin is not None:
-        hf = {key: len(kept) for key in DEPTH if key in model.origin.hf}
-        if model.origin.hf.get("layer_types"):
-            hf["layer_types"] = [model.origin.hf["layer_types"][index] for index in kept]
-    config = dataclasses.replace(model.cfg, layers=tuple(model.cfg.layers[index] for index in kept))
-    return rebuilt(model, config, weights, hf)
+        said = {key: len(kept) for key in DEPTH if key in model.origin.hf}
+    listed = {**said, "layer_types": [SLIDING if _slides(layer) else FULL for layer in layers]}
+    return rebuilt(model, dataclasses.replace(model.cfg, layers=layers), weights, said, listed)
+
+
+def _slides(layer: Layer) -> bool:
+    """Does a layer look through a window?"""
+    return any(path.endswith(".window") and width for path, width in flatten(to_dict(layer)).items())

@@ -26,11 +26,11 @@ def replace_configs(value: Any, change: Callable[[Config], Config]) -> Any:
     return tuple(replace_configs(item, change) for item in value) if isinstance(value, tuple) else value
 
 
-def rebuilt(model: Model, config: ModelConfig, weights: Mapping[str, Tensor], hf: Mapping[str, Any]) -> Model:
+def rebuilt(model: Model, config: ModelConfig, weights: Mapping[str, Tensor], *said: Mapping[str, Any]) -> Model:
     """A new model of `config` that owns a copy of `weights`.
 
-    `hf` are the keys of config.json that say the difference: where the family reads them as `config`, the new model has
-    a published form too, and else it is saved in our own. Tokenizer and the like still come from where `model` did.
+    `said` are keys of config.json that may say the difference: the first that the family reads as `config` are those of
+    the new model's published form, and without any it is saved in our own. Its tokenizer is the old model's.
     """
     with torch.device("meta"):
         new = config.build()
@@ -38,8 +38,8 @@ def rebuilt(model: Model, config: ModelConfig, weights: Mapping[str, Tensor], hf
     new.load_state_dict({name: tensor.detach().clone() for name, tensor in weights.items()}, assign=True)
     new.requires_grad_(True).train(model.training)
     if model.origin is not None:
-        said = {**model.origin.hf, **hf}
-        new.origin = Origin(said if reads_as(said, config) else {}, model.origin.directory)
+        forms = [{**model.origin.hf, **keys} for keys in said]
+        new.origin = Origin(next((hf for hf in forms if reads_as(hf, config)), {}), model.origin.directory)
     return new
 
 
