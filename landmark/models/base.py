@@ -41,10 +41,26 @@ class Model(nn.Module):
 
 class Init(Config):
     """Weights ~ N(0, std^2), biases 0; matrices that end a residual sublayer are scaled by 1 / sqrt(number of
-    sublayers) if `residual` (GPT-2, Radford et al. 2019, sec. 2.3)."""
+    sublayers) if `residual` (GPT-2, Radford et al. 2019, sec. 2.3).
 
-    std: float = 0.02
+    `std` None: a matrix has the variance 1 / (number of its inputs) (LeCun et al. 1998). `embedding` is the deviation
+    of embedding tables, where it is not `std`.
+    """
+
+    std: float | None = 0.02
+    embedding: float | None = None
     residual: bool = True
+
+    def check(self) -> None:
+        super().check()
+        if self.std is None and self.embedding is None:
+            raise ValueError("Init.std is None, which says nothing of embedding tables; give Init.embedding a number")
+
+    def deviation(self, module: nn.Linear | nn.Embedding) -> float:
+        """The standard deviation of a module's weight."""
+        if isinstance(module, nn.Embedding) and self.embedding is not None:
+            return self.embedding
+        return module.weight.shape[1] ** -0.5 if self.std is None else self.std
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -79,8 +95,8 @@ def init_weights(model: nn.Module, init: Init) -> None:
     depth = max(1, len(ends))
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
-            scaled = init.residual and module in ends
-            nn.init.normal_(module.weight, std=init.std / math.sqrt(depth) if scaled else init.std)
+            scale = 1 / math.sqrt(depth) if init.residual and module in ends else 1.0
+            nn.init.normal_(module.weight, std=init.deviation(module) * scale)
             bias = getattr(module, "bias", None)
             if isinstance(bias, Tensor):
                 nn.init.zeros_(bias)

@@ -16,6 +16,7 @@ from ..nn.feedforward import GLU
 from ..nn.norm import NormConfig, RMSNorm
 from ..nn.residual import Layer, PreNorm
 from ..weights.rules import Drop, Rename, Rule
+from .base import Init
 from .decoder import Decoder
 from .registry import Family, Keys, register
 from .rope_keys import rope
@@ -23,19 +24,22 @@ from .rope_keys import rope
 NORMS = {"input_layernorm": "attn.norm", "post_attention_layernorm": "ffn.norm"}
 
 
-def rules(keys: Keys, *, norms: Mapping[str, str] = NORMS, tied: bool = False) -> list[Rule]:
-    """The layout of Llama's tensors; `tied` is the family's default, `norms` its names for a layer's norms."""
+def rules(
+    keys: Keys, *, norms: Mapping[str, str] = NORMS, tied: bool = False, attn: str = "attn.fn", ffn: str = "ffn.fn"
+) -> list[Rule]:
+    """The layout of Llama's tensors; `tied` is the family's default, `norms` its names for a layer's norms, `attn` and
+    `ffn` where our layer has its functions."""
     layer, ours = "model.layers.{i}.", "layers.{i}."
     tied = keys.get("tie_word_embeddings", tied)
-    attn = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "out", "q_norm": "q_norm.norm"}
-    attn |= {"k_norm": "k_norm.norm"}
+    names = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "out", "q_norm": "q_norm.norm"}
+    names |= {"k_norm": "k_norm.norm"}
     return [
         *([Drop("lm_head.weight", same_as="model.embed_tokens.weight")] if tied else []),
         Rename("model.embed_tokens.", "embed.tokens."),
         Rename("lm_head.weight", "head.linear.weight"),
         Drop(layer + "self_attn.rotary_emb.inv_freq"),
-        *(Rename(f"{layer}self_attn.{name}.", f"{ours}attn.fn.{own}.") for name, own in attn.items()),
-        *(Rename(f"{layer}mlp.{name}_proj.", f"{ours}ffn.fn.{name}.") for name in ("gate", "up", "down")),
+        *(Rename(f"{layer}self_attn.{name}.", f"{ours}{attn}.{own}.") for name, own in names.items()),
+        *(Rename(f"{layer}mlp.{name}_proj.", f"{ours}{ffn}.{name}.") for name in ("gate", "up", "down")),
         *(Rename(f"{layer}{name}.", f"{ours}{own}.") for name, own in norms.items()),
         Rename("model.norm.", "norm."),
     ]
@@ -65,7 +69,7 @@ def glu(keys: Keys, *, bias: bool = False) -> GLU.Config:
 
 def decoder(
     keys: Keys, layers: Sequence[Layer], *, norm: NormConfig | None = None, tied: bool = False, scale: float = 1.0,
-    softcap: float | None = None,
+    logit_scale: float = 1.0, softcap: float | None = None, init: Init = Init(),
 ) -> Decoder.Config:  # fmt: skip
     """The whole model; `scale` is the embedding's, `softcap` bounds the logits, `tied` is the family's default."""
     vocab = keys["vocab_size"]
@@ -75,7 +79,8 @@ def decoder(
         layers=tuple(layers),
         norm=norm or rms_norm(keys),
         context=keys.get("max_position_embeddings"),
-        head=Head.Config(vocab=vocab, tied=keys.get("tie_word_embeddings", tied), softcap=softcap),
+        head=Head.Config(vocab=vocab, tied=keys.get("tie_word_embeddings", tied), scale=logit_scale, softcap=softcap),
+        init=init,
     )
 
 

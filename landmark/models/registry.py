@@ -64,6 +64,14 @@ class Keys:
         self.read.add(key)
         return self.hf.get(key, absent)
 
+    def quotient(self, key: str, parts: str) -> int:
+        """A size divided by a number of equal parts, e.g. the width of one head. Raises ValueError for a remainder."""
+        size, count = self[key], self[parts]
+        if count < 1 or size % count:
+            raise ValueError(f"config.json: {key} = {size} has no {count} equal parts ({parts}); choose a divisor")
+        width: int = size // count
+        return width
+
     def activation(self, key: str = "hidden_act", default: str = "silu") -> Activation:
         """An activation function, by our name."""
         name = self.get(key, default)

@@ -55,10 +55,10 @@ class Rename(OneToOne):
 
 
 class Transpose(OneToOne):
-    """A matrix stored [in, out], as GPT-2's Conv1D."""
+    """A matrix stored [in, out], as GPT-2's Conv1D; vectors pass as they are."""
 
     def forward(self, tensors: list[Tensor]) -> list[Tensor]:
-        return [t.mT for t in tensors]
+        return [t.mT if t.dim() > 1 else t for t in tensors]
 
     inverse = forward
 
