@@ -31,6 +31,11 @@ class Muon(Simple):
         betas: tuple[float, float] = (0.9, 0.95)
         eps: float = 1e-8
 
+        def check(self) -> None:
+            super().check()
+            if not 0.0 <= self.momentum < 1.0:
+                raise ValueError(f"Muon.momentum is {self.momentum!r}; it must be in [0, 1)")
+
         def build(self, parameters: list[Named]) -> list[Optimizer]:
             hidden = [p for p in parameters if p.role == "matrix"]
             rest = [p for p in parameters if p.role != "matrix"]
