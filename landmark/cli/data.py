@@ -102,16 +102,20 @@ def tokenize(
     from ..weights.tokenizer import Tokenizer
 
     corpus = _corpus(sources, text, target, separator, split, part, held_out)
-    shards = write_shards(
-        corpus,
-        Tokenizer.load(tokenizer),
-        out,
-        side=side.value,
-        bos=bos,
-        shard_tokens=shard_tokens,
-        progress=not as_json,
-        overwrite=overwrite,
-    )
+    try:
+        shards = write_shards(
+            corpus,
+            Tokenizer.load(tokenizer),
+            out,
+            side=side.value,
+            bos=bos,
+            shard_tokens=shard_tokens,
+            progress=not as_json,
+            overwrite=overwrite,
+        )
+    except KeyboardInterrupt:
+        print("landmark: stopped; the same command (without --overwrite) goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
     _print(shards.info(), as_json)
 
 

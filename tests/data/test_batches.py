@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,11 @@ from landmark.data.corpora import InMemory
 from landmark.data.order import DocumentStream, Source
 from landmark.data.packing import PACKINGS as PACKERS
 from landmark.data.packing import Row
-from landmark.data.shards import write_shards
+from landmark.data.shards import Shards, write_shards
 from landmark.weights.tokenizer import Tokenizer
 from landmark.weights.tokenizer_train import train_tokenizer
-from tests.data.conftest import MakeShards
 
+MakeShards = Callable[..., Shards]
 PACKINGS = list(PACKERS)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from landmark.data.order import DocumentStream, Source, permute
-from tests.data.conftest import MakeShards
+from landmark.data.shards import Shards
+
+MakeShards = Callable[..., Shards]
 
 
 @given(st.integers(1, 700), st.lists(st.integers(0, 2**63), min_size=1, max_size=3))
