@@ -91,5 +91,6 @@ class Backbone(Model):
         if positions is None:
             positions = bounds.offsets(tokens.device)
             if past is not None and any(past):
-                positions = positions + bounds.per_token(torch.tensor(past, device=tokens.device))
+                before = torch.tensor(past, device=tokens.device)
+                positions = positions + (before[:, None] if bounds.dense else bounds.per_token(before))
         return Ctx(positions, bounds, past, memory)

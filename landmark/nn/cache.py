@@ -52,8 +52,8 @@ class KVCache:
         if width > self.k.shape[2]:
             self._grow(width)
         if place.end is not None:
-            self.k[:, :, past[0] : width] = k.transpose(1, 2)
-            self.v[:, :, past[0] : width] = v.transpose(1, 2)
+            self.k.narrow(2, past[0], width - past[0]).copy_(k.transpose(1, 2))
+            self.v.narrow(2, past[0], width - past[0]).copy_(v.transpose(1, 2))
         elif bounds.dense and bounds.width == 1:
             slots, at = ctx.memo("slots", lambda: _index(past, k.device))
             self.k[slots, :, at], self.v[slots, :, at] = k[:, 0], v[:, 0]
@@ -64,7 +64,7 @@ class KVCache:
                 self.v[slot, :, past[slot] : past[slot] + n] = v[row, col : col + n].transpose(0, 1)
         if not any(past):
             return k, v, bounds
-        return self.k[:, :, :width].transpose(1, 2), self.v[:, :, :width].transpose(1, 2), place.seen
+        return self.k.narrow(2, 0, width).transpose(1, 2), self.v.narrow(2, 0, width).transpose(1, 2), place.seen
 
     def _grow(self, width: int) -> None:
         """Room for `width` tokens and as many again, so that each is moved a few times only."""

@@ -32,6 +32,11 @@ def new_state(module: nn.Module, **where: Any) -> Any:
     return make(**where) if make is not None else None
 
 
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """`F.dropout`, which costs a call even where it does nothing."""
+    return F.dropout(x, p) if training and p else x
+
+
 class PreNorm(Sublayer):
     """x + fn(norm(x)), as GPT-2 and Llama; `scale` multiplies what is added."""
 
@@ -50,7 +55,7 @@ class PreNorm(Sublayer):
         self.dropout, self.scale = cfg.dropout, cfg.scale
 
     def forward(self, x: Tensor, ctx: Ctx, state: Any = None) -> Tensor:
-        y = F.dropout(self.fn(self.norm(x), ctx, state), self.dropout, self.training)
+        y = dropout(self.fn(self.norm(x), ctx, state), self.dropout, self.training)
         return x + (y if self.scale == 1.0 else y * self.scale)
 
 
@@ -70,7 +75,7 @@ class PostNorm(Sublayer):
         self.fn, self.norm, self.dropout = cfg.fn.build(dim), cfg.norm.build(dim), cfg.dropout
 
     def forward(self, x: Tensor, ctx: Ctx, state: Any = None) -> Tensor:
-        out: Tensor = self.norm(x + F.dropout(self.fn(x, ctx, state), self.dropout, self.training))
+        out: Tensor = self.norm(x + dropout(self.fn(x, ctx, state), self.dropout, self.training))
         return out
 
 
@@ -93,7 +98,7 @@ class Sandwich(Sublayer):
 
     def forward(self, x: Tensor, ctx: Ctx, state: Any = None) -> Tensor:
         y = self.fn(x if self.norm is None else self.norm(x), ctx, state)
-        return x + F.dropout(self.post(y), self.dropout, self.training)
+        return x + dropout(self.post(y), self.dropout, self.training)
 
 
 class Parallel(nn.Module):
@@ -123,7 +128,7 @@ class Parallel(nn.Module):
         y = x if self.norm is None else self.norm(x)
         outs = [fn(y, ctx, state[name] if state else None) for name, fn in self.fns.items()]
         for out in outs:
-            x = x + F.dropout(out, self.dropout, self.training)
+            x = x + dropout(out, self.dropout, self.training)
         return x
 
 
