@@ -156,6 +156,8 @@ class Run:
         self.tokens = 0  # read so far, by all processes
         self.evaluated: tuple[int, dict[str, float]] | None = None  # when last, and the held-out metrics then
         self.best: tuple[str, float] | None = None  # the checkpoint of the lowest held-out loss
+        # FLOPs of a token in rows of so many: forward, and twice that backward; it sees half of its row on average.
+        self.flops = cache(lambda length: 3 * forward_flops(model, max(1, length // 2)))
 
     def open(self, resume: bool) -> Path | None:
         """Make ready for the first update, or for the one after the latest checkpoint, which is returned."""
@@ -169,11 +171,7 @@ class Run:
             settings.check_same(state["settings"], state["step"])
         if here.first:
             self.out.mkdir(parents=True, exist_ok=True)
-        seed = settings.seed * 1_000_003 + here.rank + 1
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-
+        self.draw_anew()
         model = self.model.to(here.device, parallel.parameter_dtype(self.dtype, settings.parallel, here)).train()
         for p in model.parameters():
             p.data = p.data.clone()  # mapped from a file, it would lie in other places the next time
@@ -216,11 +214,6 @@ class Run:
             "mfu": speed * self.flops(extent(micro[0])[1]) / peak,
             "memory": peak_memory(here.device),
         }
-
-    @cache  # noqa: B019  (a run lives as long as its process)
-    def flops(self, length: int) -> int:
-        """Of a token in rows of `length`, forward and twice that backward; it sees half of its row on average."""
-        return 3 * forward_flops(self.model, max(1, length // 2))
 
     def next_batch(self) -> Any:
         try:
@@ -279,6 +272,15 @@ class Run:
         self.batches.load_state_dict(ranks[self.world.rank % len(ranks)]["data"])
         if len(ranks) == self.world.size:
             checkpoint.set_random_state(ranks[self.world.rank]["random"], self.world.device)
+        else:
+            self.draw_anew()
+
+    def draw_anew(self) -> None:
+        """Random numbers that only depend on the seed, the process and the step."""
+        seed = (self.settings.seed * 1_000_003 + self.world.rank + 1) * 1_000_003 + self.step
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
 
     def export(self) -> None:
         """The model as it is now, as a model directory in `out`."""

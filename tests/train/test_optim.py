@@ -181,7 +181,7 @@ def test_clip_is_torchs() -> None:
 def test_state_of_another_optimiser_is_refused() -> None:
     model = tiny()
     lion, adamw = Updater(model, Lion.Config()), Updater(model, AdamW.Config())
-    with pytest.raises(ValueError, match="lacks 'embed.tokens.weight.step'"):
+    with pytest.raises(ValueError, match=r"lacks 'embed\.tokens\.weight\.step'"):
         adamw.load(model, model.state_dict(), lion.state())
 
 
