@@ -20,7 +20,8 @@ from .rules import unload
 NATIVE = "LandmarkModel"  # the architecture of models that no published class describes
 COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken",
-    "chat_template*", "generation_config.json", "preprocessor_config.json",
+    "chat_template*", "generation_config.json", "preprocessor_config.json", "modules.json", "*_Pooling/config.json",
+    "sentence_bert_config.json", "config_sentence_transformers.json",
 )  # fmt: skip
 DOWNLOADED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 
@@ -79,11 +80,13 @@ def save(model: Model, directory: str | Path, *, shard_bytes: int = 5_000_000_00
 
 
 def carry(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat template and generation config, leaving what the target has of its own."""
+    """Copy tokenizer, chat template, generation and pooling config, leaving what the target has of its own."""
     for pattern in COMPANIONS:
         for path in source.glob(pattern):
-            if path.is_file() and not (target / path.name).exists():
-                shutil.copyfile(path, target / path.name)
+            copy = target / path.relative_to(source)
+            if path.is_file() and not copy.exists():
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
 
 
 def published_form(model: Model) -> dict[str, Any] | None:
