@@ -48,10 +48,10 @@ class Keys:
         self.name = (hf.get("architectures") or [hf.get("model_type", "this model")])[0]
 
     def __getitem__(self, key: str) -> Any:
-        if key not in self.hf:
+        value = self.get(key)
+        if value is None:
             raise ValueError(f"config.json has no key {key!r}, which {self.name} needs")
-        self.read.add(key)
-        return self.hf[key]
+        return value
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value, or `default` where it is absent or null."""
