@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from .families import check_decoder
+from .layouts import old_rope
 
 BASE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
 BASE |= dict(num_key_value_heads=2, max_position_embeddings=64, pad_token_id=None)
@@ -29,8 +30,10 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_parity(name: str, tmp_path: Path) -> None:
-    check_decoder(LlamaConfig(**{**BASE, **VARIANTS[name]}), LlamaForCausalLM, tmp_path)
+@pytest.mark.parametrize("old", [False, True])
+def test_parity(name: str, old: bool, tmp_path: Path) -> None:
+    config = LlamaConfig(**{**BASE, **VARIANTS[name]})
+    check_decoder(config, LlamaForCausalLM, tmp_path, edit=old_rope if old else None)
 
 
 def test_long_text_rope(tmp_path: Path) -> None:
