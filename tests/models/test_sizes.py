@@ -77,6 +77,16 @@ BODY = {  # parameters outside of the embeddings, in units of the last digit tha
     "qwen3-14b": 13.2e9,
     "gemma3-1b": 698e6,
 }
+HUB = {  # what the files on the hub say besides
+    "llama3.2-1b": {"pretraining_tp": 1, "head_dim": 64, "mlp_bias": False, "attention_bias": False, "use_cache": True},
+    "llama-7b": {"max_sequence_length": 2048, "hidden_act": "silu", "pad_token_id": 0, "torch_dtype": "float16"},
+    "mistral-7b-v0.1": {"hidden_act": "silu", "initializer_range": 0.02, "transformers_version": "4.34.0.dev0"},
+    "qwen2.5-7b": {"use_mrope": False, "use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 28},
+    "qwen3-0.6b": {"rope_scaling": None, "sliding_window": None, "max_window_layers": 28, "use_sliding_window": False},
+    "gemma-2b": {"hidden_act": "gelu", "hidden_activation": None, "rope_scaling": None, "attention_bias": False},
+    "gemma2-9b": {"hidden_act": "gelu_pytorch_tanh", "sliding_window_size": 4096, "cache_implementation": "hybrid"},
+    "gemma3-1b": {"attn_logit_softcapping": None, "final_logit_softcapping": None, "eos_token_id": [1, 106]},
+}
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"}
 
 
@@ -116,3 +126,9 @@ def test_cache_bytes(name: str) -> None:
 def test_parameters_outside_of_the_embeddings(name: str) -> None:
     made = figures(meta(name)[1], context=1)
     assert made.parameters - made.embedding == pytest.approx(BODY[name], rel=0.01)
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_the_hubs_files_read_as_the_published_size(name: str) -> None:
+    family, hf = published(name)
+    assert family.read({**hf, **HUB[name]}) == family.read(hf)
