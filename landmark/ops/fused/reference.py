@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from landmark.ops.activation import activation
+from ..activation import activation
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, groups: int = 1) -> Tensor:
-    """RMSNorm (Zhang and Sennrich, 2019): x / sqrt(mean(x^2) + eps) * (offset + weight), over each of `groups` parts."""
+    """RMSNorm (Zhang and Sennrich, 2019): x / sqrt(mean(x^2) + eps) * (offset + weight), in each of `groups` parts."""
     u = _wide(x).unflatten(-1, (groups, -1))
     y = (u * torch.rsqrt(u.square().mean(-1, keepdim=True) + eps)).flatten(-2)
     if weight is not None:

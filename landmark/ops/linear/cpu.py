@@ -1,0 +1,137 @@
+"""Linear maps on the processor: `skinny` for few rows at memory speed, `onednn` for float32 products.
+
+`skinny` reads the weight once, in order, on all threads, for up to 16 rows. `onednn` calls the product that torch keeps
+for its compiler: the float32 product of F.linear is MKL's, which leaves AVX-512 unused where Intel did not make the
+processor.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..native import Source, processor
+
+SOURCE = Source(Path(__file__).with_name("skinny.c"))
+KERNELS = {torch.float32: "linear_f32", torch.bfloat16: "linear_bf16"}
+MAX_ROWS = {torch.float32: 16, torch.bfloat16: 8}  # beyond them the matrix product is as fast
+ONE_THREAD = 2**17  # bytes of weight that a second thread would not read any sooner
+MIN_PRODUCT = 2**20  # rows x in x out from which oneDNN's set-up pays
+
+
+@cache
+def _kernel(dtype: torch.dtype) -> Any:
+    return SOURCE.function(KERNELS[dtype], *[c_void_p] * 4, *[c_int64] * 5, c_int)
+
+
+def why_not_skinny(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """None if `skinny` can run, else why not."""
+    if (reason := _why_not_plain(x, weight, bias)) is not None:
+        return reason
+    if (most := MAX_ROWS.get(weight.dtype)) is None:
+        return f"it takes float32 and bfloat16, not {weight.dtype}"
+    if not 0 < (rows := x.numel() // max(1, weight.shape[1])) <= most:
+        return f"it takes 1 to {most} rows of {weight.dtype}, not {rows}"
+    if weight.stride(1) != 1:
+        return "the weight's rows are not contiguous"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return "it has no gradient"
+    return SOURCE.why_not()
+
+
+def why_not_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """None if `onednn` can run, else why not."""
+    if (reason := _why_not_plain(x, weight, bias)) is not None:
+        return reason
+    if weight.dtype != torch.float32:
+        return f"it takes float32, not {weight.dtype}"
+    if x.numel() == 0 or weight.numel() == 0:
+        return "it takes no empty tensors"
+    return None if onednn_available() else "this torch has no oneDNN linear"
+
+
+@cache
+def onednn_available() -> bool:
+    """Whether torch was built with oneDNN's linear."""
+    return torch.backends.mkldnn.is_available() and "mkldnn::_linear_pointwise" in torch._C._dispatch_get_all_op_names()
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether MKL, which torch's float32 products call, would leave half of the vector width unused."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "GenuineIntel" not in processor()
+
+
+def _why_not_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    if not (x.is_cpu and weight.is_cpu):
+        return f"it runs on cpu, not {x.device.type}"
+    if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
+        return f"x is {x.dtype} and the weight {weight.dtype}"
+    if type(x) not in _PLAIN or type(weight) not in _PLAIN:
+        return f"it takes plain tensors, not {type(x).__name__} and {type(weight).__name__}"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast picks the dtype"
+    return None
+
+
+_PLAIN = (Tensor, Parameter)
+
+_library = torch.library.Library("landmark", "FRAGMENT")
+_library.define("linear_skinny(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+def _skinny(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    (out, width), wld = weight.shape, weight.stride(0)
+    if not x.is_contiguous():
+        x = x.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    y = torch.empty((*x.shape[:-1], out), dtype=x.dtype)
+    threads = torch.get_num_threads() if out * width * x.itemsize > ONE_THREAD else 1
+    _kernel(x.dtype)(
+        x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
+        x.numel() // width, out, width, width, wld, threads,
+    )  # fmt: skip
+    return y
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+_library.impl("linear_skinny", _skinny, "CPU")
+torch.library.register_fake("landmark::linear_skinny", _fake, lib=_library)
+skinny = torch.ops.landmark.linear_skinny.default
+
+
+@torch.library.custom_op("landmark::linear_onednn", mutates_args=())
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., in], weight [out, in] of any strides, float32; differentiable."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+onednn.register_fake(_fake)
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    need_x, need_weight, need_bias = ctx.needs_input_grad
+    rows = grad.flatten(0, -2)
+    return (
+        onednn(grad, weight.mT, None) if need_x else None,
+        onednn(rows.mT, x.flatten(0, -2).mT, None) if need_weight else None,
+        rows.sum(0) if need_bias else None,
+    )
+
+
+onednn.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,108 @@
+"""Cross-entropy of a linear head, a chunk of rows at a time: the [N, V] logits never exist at once.
+
+One sweep computes losses and gradients together: the gradient of a chunk's logits (softmax minus one-hot) takes their
+place, is multiplied into grad_hidden and grad_weight, and is forgotten. Backward multiplies by the incoming scalar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from .reference import Head
+
+CHUNK = 2**25  # logits at a time: smaller chunks slow the matrix products, larger ones gain little
+SLICE_BYTES = 2**22  # of grad_weight at a time, so that its float32 accumulation reads the product from cache
+
+
+def default_chunk(vocab: int) -> int:
+    """Rows in a chunk of about CHUNK logits."""
+    return max(64, CHUNK // vocab)
+
+
+def reduce_rows(logits: Tensor, targets: Tensor, head: Head, grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`cpu.reduce_rows` in plain torch, on any device and dtype."""
+    y = (logits if logits.dtype == torch.float64 else logits.float()) * head.scale
+    if head.softcap is not None:
+        y = head.softcap * torch.tanh(y / head.softcap)
+    lse, mean = y.logsumexp(-1), y.mean(-1)
+    nll = lse - y.gather(-1, targets[:, None]).squeeze(-1)
+    if grad:
+        g = (y - lse[:, None]).exp_().mul_((1 + 2 * head.z_loss * lse)[:, None])
+        g -= head.label_smoothing / y.shape[-1]
+        g.scatter_add_(-1, targets[:, None], torch.full_like(g[:, :1], head.label_smoothing - 1))
+        if head.softcap is not None:
+            g *= 1 - (y / head.softcap).square_()
+        torch.mul(g, head.scale, out=g)
+        logits.copy_(g)
+    return nll, lse, mean
+
+
+class Gradients:
+    """grad_hidden, grad_weight and grad_bias of the chunks so far; those not wanted stay empty."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], chunked: bool
+    ) -> None:
+        self.needs = needs
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self.hidden = torch.zeros_like(hidden) if needs[0] else weight.new_empty(0)
+        # A product of one chunk is rounded once; several are summed in float32.
+        self.weight = (
+            torch.zeros_like(weight, dtype=wide if chunked else weight.dtype) if needs[1] else weight.new_empty(0)
+        )
+        self.bias = torch.zeros_like(bias, dtype=wide) if needs[2] and bias is not None else weight.new_empty(0)
+
+    def add(self, g: Tensor, hidden: Tensor, weight: Tensor, index: Tensor) -> None:
+        """g [n, V] is the gradient of the logits of hidden [n, D], whose rows stand at `index`."""
+        if self.needs[0]:
+            self.hidden[index] = g @ weight
+        if self.needs[1]:
+            if self.weight.dtype == g.dtype:
+                self.weight.addmm_(g.mT, hidden)
+            else:
+                step = max(1, SLICE_BYTES // (hidden.shape[1] * g.element_size()))
+                for part, columns in zip(self.weight.split(step), g.split(step, dim=1), strict=True):
+                    part += columns.mT @ hidden
+        if self.needs[2]:
+            self.bias += g.sum(0, dtype=self.bias.dtype)
+
+
+def sweep(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    head: Head,
+    chunk: int,
+    native: bool,
+    needs: Sequence[bool] = (False, False, False),
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Gradients]:
+    """Rows whose target counts (their indices), and their nll, lse and mean logit; and the gradients."""
+    index = (targets != -100).nonzero().squeeze(-1)
+    kept = targets[index]
+    if kept.device.type == "cpu" and len(kept) and not 0 <= int(kept.min()) <= int(kept.max()) < weight.shape[0]:
+        bad = int(kept.min()) if kept.min() < 0 else int(kept.max())
+        raise ValueError(f"target {bad} is outside the vocabulary of {weight.shape[0]}; ignored targets are -100")
+    chunks = max(1, -(-len(index) // chunk))
+    rows = max(1, -(-len(index) // chunks))  # chunks of equal length
+    buffer = hidden.new_empty(min(rows, len(index)), weight.shape[0])
+    gradients = Gradients(hidden, weight, bias, needs, len(hidden) > chunk)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    nll, lse, mean = hidden.new_empty(3, len(index), dtype=wide).unbind()
+    reduce = cpu.reduce_rows if native else reduce_rows
+    for at in range(0, len(index), rows):
+        part = slice(at, at + rows)
+        h = hidden[part] if len(index) == len(hidden) else hidden[index[part]]
+        logits = buffer[: len(h)]
+        if bias is None:
+            torch.mm(h, weight.mT, out=logits)
+        else:
+            torch.addmm(bias, h, weight.mT, out=logits)
+        nll[part], lse[part], mean[part] = reduce(logits, kept[part], head, any(needs))
+        if any(needs):
+            gradients.add(logits, h, weight, index[part])
+    return index, nll, lse, mean, gradients
