@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .train import train as train
     from .weights.checkpoint import build as build
     from .weights.checkpoint import load as load
     from .weights.checkpoint import save as save
@@ -13,10 +14,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {"load": "weights.checkpoint", "save": "weights.checkpoint", "build": "weights.checkpoint"}
-__all__ = ["build", "load", "save"]
+__all__ = ["build", "load", "save", "train"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "train":  # a package that can be called like its function
+        return import_module(".train", __name__)
     if name not in _WHERE:
         raise AttributeError(f"module 'landmark' has no attribute {name!r}")
     return getattr(import_module(f".{_WHERE[name]}", __name__), name)

@@ -6,51 +6,35 @@ import gzip
 import json
 import lzma
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .data.batches import Batches
-from .data.corpora import Corpus, Embedded
-from .data.shards import Shards, write_shards
+from .data.corpora import Corpus
+from .data.shards import Shards
 from .infer.generate import generate
 from .infer.sampling import Sampling
 from .models.base import Model
 from .models.decoder import Decoder
-from .objectives.lm import CausalLM
-from .train.config import Checkpoints, Evaluation, Settings
-from .train.loop import Callback, fit
+from .train.config import Checkpoints, Evaluation
+from .train.loop import Callback
 from .train.optim import Muon
+from .train.prepare import Prepared
+from .train.recipe import SMALL, DataConfig, TrainConfig
+from .train.run import train
 from .train.schedule import WSD
-from .weights.checkpoint import build, load
 from .weights.files import beside, write_json
 from .weights.tokenizer import Tokenizer
-from .weights.tokenizer_train import train_tokenizer
 
-VOCAB, CONTEXT, ROWS = 4096, 256, 16
-MODEL: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": VOCAB,
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10_000.0,
-    "tie_word_embeddings": True,
-}
 PROMPTS = ('The "with" statement is used to', 'def read_lines(path):\n    """', "class Queue:\n")
 
 
 @dataclass(frozen=True)
 class Baselines:
-    """Bits per byte of the held-out text without a model: two compressors, and the training text's token frequencies."""
+    """Bits per byte of the held-out text without a model: two compressors, and the training text's token counts."""
 
     gzip: float
     xz: float
@@ -71,89 +55,58 @@ class Report:
     after: list[str]
 
 
-def run(
-    out: str | Path,
-    *,
-    steps: int = 600,
-    corpus: Corpus | None = None,
-    callbacks: Sequence[Callback] = (),
-    say: Callable[[str], None] = print,
-    resume: bool = True,
-    seed: int = 0,
-) -> Report:
-    """Tokenizer, data, training, measurement and plot under `out`; the model directory is `out` itself.
-
-    A run that was stopped goes on where it was. Raises ValueError for a corpus that is too small.
-    """
-    out, began = Path(out), time.perf_counter()
-    train_text, held_text = (corpus or Embedded()).split()
-    tokenizer = tokenizer_for(train_text, out, say)
-    train, held = (
-        write_shards(text, tokenizer, out / "data" / name, progress=False, overwrite=True)
-        for name, text in (("train", train_text), ("held-out", held_text))
-    )
-    say(f"{train.tokens:,} tokens of training text, {held.tokens:,} held out")
-    baselines = measure_baselines(train, held, held_text)
-    model = build(MODEL | {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_id})
-    parameters = sum(p.numel() for p in model.parameters())
-    say(f"a Llama of {parameters / 1e6:.1f} M parameters: {steps} updates of {ROWS * CONTEXT:,} tokens")
-    samples = sampler(tokenizer)
-    settings = Settings(
+def recipe(out: str | Path, steps: int, corpus: str | tuple[str, ...] = "embedded", seed: int = 0) -> TrainConfig:
+    """A Llama of about 5 M parameters and a byte-level BPE tokenizer of 4,096 tokens, trained with Muon."""
+    return TrainConfig(
+        out=str(out),
+        model=SMALL,
+        data=DataConfig(corpus=corpus, held_out=0.03, rows=16, length=256),
         steps=steps,
+        dtype="bfloat16",
         optimizer=Muon.Config(),
         schedule=WSD(warmup=min(20, steps // 4), decay=0.4),
         seed=seed,
-        evaluation=Evaluation(every=max(1, steps // 6), batches=8),
+        evaluation=Evaluation(every=max(1, steps // 4), batches=1000),
         checkpoints=Checkpoints(every=max(1, steps // 4), keep=1),
     )
-    held_out = Batches(held, ROWS, CONTEXT, shuffle=False, epochs=1)
-    batches = Batches(train, ROWS, CONTEXT, seed=seed)
-    fit(
-        model, CausalLM(), batches, settings, out=out, held_out=list(held_out), sample=samples, callbacks=callbacks,
-        resume=resume,
-    )  # fmt: skip
+
+
+def run(config: TrainConfig, *, callbacks: Sequence[Callback] = (), resume: bool = False) -> Report:
+    """Train, measure and plot; `config.out` becomes a model directory, with loss.png and report.json besides.
+
+    Raises what `train` raises.
+    """
+    out, began = Path(config.out), time.perf_counter()
+    trained = train(config, callbacks=callbacks, sample=sample, resume=resume)
+    text = Prepared(config, out).parts["held-out-0"][0]
+    assert isinstance(text, Corpus)
+    shards = out / "prepared"
+    baselines = measure_baselines(Shards(shards / "train-0"), Shards(shards / "held-out-0"), text)
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    held_records = [r for r in records if "held_out" in r]
-    updates = [r for r in records if "tokens_per_s" in r]
+    held, updates = ([r for r in records if key in r] for key in ("held_out", "tokens_per_s"))
     report = Report(
         model=str(out),
-        parameters=parameters,
-        steps=steps,
+        parameters=sum(p.numel() for p in trained.model.parameters()),
+        steps=config.steps,
         minutes=(time.perf_counter() - began) / 60,
         tokens_per_second=float(np.median([r["tokens_per_s"] for r in updates])),
-        bits_per_byte=held_records[-1]["held_out"]["bits_per_byte"],
-        bits_per_byte_before=held_records[0]["held_out"]["bits_per_byte"],
+        bits_per_byte=held[-1]["held_out"]["bits_per_byte"],
+        bits_per_byte_before=held[0]["held_out"]["bits_per_byte"],
         baselines=baselines,
-        before=held_records[0]["samples"],
-        after=held_records[-1]["samples"],
+        before=held[0]["samples"],
+        after=held[-1]["samples"],
     )
-    plot(updates, held_records, baselines, out / "loss.png")
+    plot(updates, held, baselines, out / "loss.png")
     write_json(out / "report.json", asdict(report))
-    assert isinstance(load(out), Decoder)
     return report
 
 
-def tokenizer_for(text: Corpus, directory: Path, say: Callable[[str], None]) -> Tokenizer:
-    """Trained once; a later run with the same directory reads it."""
-    if (directory / "tokenizer.json").exists():
-        return Tokenizer.load(directory)
-    say(f"training a byte-level BPE tokenizer of {VOCAB} tokens")
-    tokenizer = train_tokenizer("bpe", text.texts(), VOCAB)
-    tokenizer.save(directory)
-    return tokenizer
-
-
-def sampler(tokenizer: Tokenizer) -> Callable[[Model], list[str]]:
+def sample(model: Model, tokenizer: Tokenizer) -> list[str]:
     """What the model makes of the prompts, always with the same seed."""
-    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    assert isinstance(model, Decoder)
     sampling = Sampling(temperature=0.7, top_p=0.95, max_tokens=60, seed=0)
-
-    def sample(model: Model) -> list[str]:
-        assert isinstance(model, Decoder)
-        answers = generate(model, prompts, sampling, tokenizer=tokenizer)
-        return [prompt + (answer.text or "") for prompt, answer in zip(PROMPTS, answers, strict=True)]
-
-    return sample
+    answers = generate(model, [tokenizer.encode(prompt) for prompt in PROMPTS], sampling, tokenizer=tokenizer)
+    return [prompt + (answer.text or "") for prompt, answer in zip(PROMPTS, answers, strict=True)]
 
 
 def measure_baselines(train: Shards, held: Shards, held_text: Corpus) -> Baselines:

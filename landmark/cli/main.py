@@ -72,7 +72,11 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"landmark: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except ArithmeticError as error:  # a run that diverged
+        print(f"landmark: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt as error:
+        print(f"landmark: {error or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -14,21 +14,22 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/quickstart"),
     steps: Annotated[int, typer.Option(min=4, help="Updates of 4,096 tokens.")] = 600,
     text: Annotated[list[str] | None, typer.Option(help="Text files instead of Python's own documentation.")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over where a stopped run would go on.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Train a small Llama on real text found on this machine, measure it, and show what it learned."""
     from rich.console import Console
 
-    from ..data.corpora import open_corpus
-    from ..quickstart import run
+    from ..quickstart import recipe, run
+    from ..train.interrupt import Interrupted
+    from ..train.progress import progress
 
     console = Console(stderr=as_json)
-    corpus = open_corpus(text) if text else None
-    report = run(
-        out, steps=steps, corpus=corpus, say=lambda line: console.print(line, style="dim"),
-        resume=not fresh,
-    )  # fmt: skip
+    config = recipe(out, steps, tuple(text) if text else "embedded")
+    try:
+        report = run(config, callbacks=[progress()], resume=resume)
+    except Interrupted as stop:
+        raise Interrupted(f"{stop}; go on with the same command and --resume") from None
     if as_json:
         print(json.dumps(asdict(report), indent=2, ensure_ascii=False))
         return

@@ -40,9 +40,9 @@ def adapter(model: LanguageModel) -> Any:
     """An `lm_eval.api.model.LM` over our three methods."""
     from lm_eval.api.model import LM
 
-    class Adapter(LM):  # type: ignore[misc]
+    class Adapter(LM):
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            return [tuple(out) for out in model.loglikelihood([request.args for request in requests])]
+            return [(out.logprob, out.greedy) for out in model.loglikelihood([request.args for request in requests])]
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
             return model.loglikelihood_rolling([request.args[0] for request in requests])

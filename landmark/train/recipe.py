@@ -10,9 +10,9 @@ from ..config import Config
 from .config import Settings
 
 SMALL = {  # about 5 M parameters with the default tokenizer
-    "architectures": ["LlamaForCausalLM"], "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 5,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 1024,
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256,
+    "intermediate_size": 704, "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "tie_word_embeddings": True, "rms_norm_eps": 1e-5, "max_position_embeddings": 1024,
 }  # fmt: skip
 
 
