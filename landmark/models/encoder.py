@@ -15,6 +15,7 @@ from ..ctx import Bounds, Ctx
 from ..nn.disentangled import RelativePositions
 from ..nn.embedding import Head
 from ..nn.heads import MeanPool, Pool, SequenceHead, TokenHead
+from ..nn.position import LearnedPositions
 from .backbone import Backbone
 from .base import Origin, init_weights, materialise
 from .registry import family_of
@@ -71,10 +72,13 @@ class Encoder(Backbone):
     def context(
         self, tokens: Tensor, *, segments: Tensor | None = None, bounds: Bounds | None = None, **where: Any
     ) -> Ctx:
-        """As `Backbone.context`; segments that are 0 are padding."""
+        """As `Backbone.context`; segments that are 0 are padding. Raises ValueError for a text without positions."""
         if bounds is None and segments is not None:
             bounds = Bounds.of_segments(segments, padding=0)
-        ctx = super().context(tokens, bounds=bounds, **where)
+        ctx, learned = super().context(tokens, bounds=bounds, **where), self.embed.positions
+        if isinstance(learned, LearnedPositions) and ctx.bounds.longest > learned.size:
+            longest = ctx.bounds.longest
+            raise ValueError(f"a text of {longest} tokens does not fit the model's {learned.size} positions; cut it")
         return ctx if self.relative is None else replace(ctx, relative=self.relative(tokens.shape[1]))
 
     def embed_sentences(

@@ -32,6 +32,14 @@ class RelativePositions(nn.Module):
         longest: int | None = None
         norm: NormConfig | None = None
 
+        def check(self) -> None:
+            super().check()
+            if self.longest is not None and not 1 <= self.span // 2 < self.longest - 1:
+                raise ValueError(
+                    f"RelativePositions: buckets of a span of {self.span} cannot reach to {self.longest}; choose one "
+                    f"of at least 2, and less than {max(2 * (self.longest - 1), 3)}"
+                )
+
         def build(self, dim: int) -> RelativePositions:
             return RelativePositions(self, dim)
 
@@ -48,8 +56,8 @@ class RelativePositions(nn.Module):
         """
         table, span = self.table.weight, self.cfg.span
         at = torch.arange(width, device=table.device)
-        rows = (self.bucket(at[:, None] - at) + span).clamp(0, 2 * span - 1)
-        return Relative(table if self.norm is None else self.norm(table), rows)
+        row = (self.bucket(torch.arange(1 - width, width, device=table.device)) + span).clamp(0, 2 * span - 1)
+        return Relative(table if self.norm is None else self.norm(table), row[at[:, None] - at + width - 1])
 
     def bucket(self, distance: Tensor) -> Tensor:
         """Distances as they are, or, beyond half the span, as the numbers of their buckets."""
@@ -57,7 +65,8 @@ class RelativePositions(nn.Module):
         if longest is None:
             return distance
         far = distance.abs().clamp_min(half)
-        log = torch.log(far / half) / torch.log(torch.tensor((longest - 1) / half)) * (half - 1)
+        reach = torch.tensor((longest - 1) / half, device=far.device)
+        log = torch.log(far / half) / torch.log(reach) * (half - 1)
         return torch.where(distance.abs() <= half, distance, distance.sign() * (log.ceil().long() + half))
 
 
@@ -159,6 +168,10 @@ class Convolution(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.weight[0].numel() ** -0.5)
         nn.init.zeros_(self.bias)
+
+    def mixing_flops(self, context: int) -> int:
+        """FLOPs per token: a kernel's weights are no matrix that would be counted."""
+        return 2 * self.weight.numel()
 
     def forward(self, x: Tensor, ctx: Ctx, state: Any = None) -> Tensor:
         edge, bounds = self.cfg.kernel // 2, ctx.bounds

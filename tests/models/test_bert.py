@@ -148,3 +148,5 @@ def test_bad_input(tmp_path: Path) -> None:
     assert isinstance(model, Encoder)
     with pytest.raises(ValueError, match="no head 'mml'; did you mean 'mlm'"):
         model(torch.zeros(1, 3, dtype=torch.long), head="mml")
+    with pytest.raises(ValueError, match="41 tokens does not fit the model's 40 positions"):
+        model(torch.zeros(1, 41, dtype=torch.long))

@@ -67,6 +67,8 @@ def test_sizes() -> None:
 
 
 def test_every_distance_has_the_reference_bucket() -> None:
+    with pytest.raises(ValueError, match="cannot reach to 100"):
+        RelativePositions.Config(span=256, longest=100)
     for span, longest in ((256, 512), (4, 40), (32, 1000)):
         ours = RelativePositions.Config(span=span, longest=longest).build(8)(1500).rows
         theirs = build_relative_position(torch.zeros(1500, 1), torch.zeros(1500, 1), span, longest)[0]
