@@ -34,7 +34,7 @@ def rope(
 KNOWN = {
     "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast",
     "beta_slow", "mscale", "mscale_all_dim", "truncate", "short_factor", "long_factor", "low_freq_factor",
-    "high_freq_factor", "partial_rotary_factor", "short_mscale", "long_mscale",
+    "high_freq_factor", "partial_rotary_factor",
 }  # fmt: skip
 
 
@@ -43,21 +43,28 @@ def scaling(values: Mapping[str, Any], keys: Keys) -> RopeScaling | None:
         near = nearest(key, KNOWN)
         raise ValueError(f"config.json: the rope parameter {key!r} = {values[key]!r} is not understood{near}")
     kind = values.get("rope_type") or values.get("type") or "default"
-    context = keys.get("max_position_embeddings")
-    original = values.get("original_max_position_embeddings") or keys.get("original_max_position_embeddings") or context
+    context, outer = keys.get("max_position_embeddings"), keys.get("original_max_position_embeddings")
+    original = outer or values.get("original_max_position_embeddings") or context
+    values = {**values, "original_max_position_embeddings": original}
+
+    def need(key: str) -> Any:
+        if values.get(key) is None:
+            raise ValueError(f"config.json: rotary positions of type {kind!r} need the parameter {key!r}")
+        return values[key]
+
     match kind:
         case "default":
             return None
         case "linear":
-            return LinearRope(factor=float(values["factor"]))
+            return LinearRope(factor=float(need("factor")))
         case "ntk":
-            return NTKRope(factor=float(values["factor"]))
+            return NTKRope(factor=float(need("factor")))
         case "dynamic":
-            return DynamicNTKRope(factor=float(values["factor"]), original=original)
+            return DynamicNTKRope(factor=float(need("factor")), original=need("original_max_position_embeddings"))
         case "yarn":
             return YaRN(
-                factor=float(values["factor"]),
-                original=original,
+                factor=float(need("factor")),
+                original=need("original_max_position_embeddings"),
                 beta_fast=float(values.get("beta_fast") or 32),
                 beta_slow=float(values.get("beta_slow") or 1),
                 attention=values.get("attention_factor"),
@@ -67,18 +74,18 @@ def scaling(values: Mapping[str, Any], keys: Keys) -> RopeScaling | None:
             )
         case "longrope" | "su":
             return LongRoPE(
-                short=tuple(map(float, values["short_factor"])),
-                long=tuple(map(float, values["long_factor"])),
-                original=original,
-                factor=float(values.get("factor") or context / original),
+                short=tuple(map(float, need("short_factor"))),
+                long=tuple(map(float, need("long_factor"))),
+                original=need("original_max_position_embeddings"),
+                factor=float(values.get("factor") or (context / original if context else need("factor"))),
                 attention=values.get("attention_factor"),
             )
         case "llama3":
             return Llama3Rope(
-                factor=float(values["factor"]),
-                low=float(values["low_freq_factor"]),
-                high=float(values["high_freq_factor"]),
-                original=original,
+                factor=float(need("factor")),
+                low=float(need("low_freq_factor")),
+                high=float(need("high_freq_factor")),
+                original=need("original_max_position_embeddings"),
             )
     kinds = ("default", "linear", "ntk", "dynamic", "yarn", "longrope", "llama3")
     raise ValueError(f"config.json: unknown rope type {kind!r}{nearest(kind, kinds)}")
