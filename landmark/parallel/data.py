@@ -5,7 +5,6 @@ Model code knows nothing of it. What is wrapped is the whole training step: its 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -34,8 +33,7 @@ def wrap(step: nn.Module, kind: Kind, dtype: torch.dtype, world: World) -> nn.Mo
     if world.size == 1:
         return step
     if kind == "ddp":
-        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
-        return DistributedDataParallel(step, gradient_as_bucket_view=True, find_unused_parameters=True)
+        return DistributedDataParallel(step, gradient_as_bucket_view=True)
     for tensor in (*step.parameters(), *step.buffers()):
         dist.broadcast(tensor.data, 0)
     mesh = init_device_mesh(world.device.type, (world.size,))

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -21,17 +22,19 @@ def save(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(directory), save_distributed=True))
 
 
-def load(directory: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Everything in `directory`, in the dtypes in which it was saved: sharded as the tensor of its name in `like` is,
-    else whole on the CPU."""
+def load(directory: Path, like: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """What `directory` holds under `prefix`, in the dtypes in which it was saved: sharded as the tensor of its name in
+    `like` is, else whole on the CPU."""
     reader = HuggingFaceStorageReader(str(directory))
     tensors: dict[str, Tensor] = {}
     for name, entry in reader.read_metadata().state_dict_metadata.items():
+        if not name.startswith(prefix):
+            continue
         assert isinstance(entry, TensorStorageMetadata)
         twin = like.get(name)
         if isinstance(twin, DTensor):
             tensors[name] = torch.empty_like(twin, dtype=entry.properties.dtype)
         else:
             tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    dcp.load(tensors, storage_reader=reader)
+    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     return tensors

@@ -157,7 +157,7 @@ def export(directory: str | Path, out: str | Path) -> None:
     config, published = from_dict(description["config"]), description["published"]
     with torch.device("meta"):
         model = config.build()
-    tensors = sharded.load(directory / SHARDS, {f"weights.{name}": t for name, t in model.state_dict().items()})
+    tensors = sharded.load(directory / SHARDS, {}, prefix="weights.")
     model.load_state_dict({name.removeprefix("weights."): t for name, t in tensors.items()}, assign=True)
     model.origin = Origin(published or {"architectures": [NATIVE]}, directory)
     save_model(model, out)
