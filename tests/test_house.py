@@ -63,7 +63,7 @@ def test_imports_run_downward() -> None:
 
 
 def cost(code: str) -> float:
-    """Processor seconds of a fresh interpreter, the least of three: what it takes on a machine that does nothing else."""
+    """Processor seconds of a fresh interpreter, the least of three: its time on a machine that does nothing else."""
 
     def once() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -139,7 +139,7 @@ GEMMA2 = Family(
     },
 )
 GEMMA3 = Family(
-    name="gemma3",
+    name="gemma3_text",
     architectures=("Gemma3ForCausalLM",),
     config=gemma3,
     rules=sandwich_rules,

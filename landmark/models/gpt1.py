@@ -116,6 +116,11 @@ SIZES = {
     },
 }  # fmt: skip
 GPT1 = Family(
-    name="gpt1", architectures=("OpenAIGPTLMHeadModel",), config=config, rules=rules, prefix="transformer.", sizes=SIZES
+    name="openai-gpt",
+    architectures=("OpenAIGPTLMHeadModel",),
+    config=config,
+    rules=rules,
+    prefix="transformer.",
+    sizes=SIZES,
 )
 register(GPT1)

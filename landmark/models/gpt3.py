@@ -114,7 +114,7 @@ GPT3 = Family(
     name="gpt3", architectures=("GPT3LMHeadModel",), config=config, rules=gpt2.rules, prefix="transformer.", sizes=SIZES
 )
 GPT_NEO = Family(
-    name="gpt-neo", architectures=("GPTNeoForCausalLM",), config=gpt_neo, rules=neo_rules, prefix="transformer.",
+    name="gpt_neo", architectures=("GPTNeoForCausalLM",), config=gpt_neo, rules=neo_rules, prefix="transformer.",
     sizes=NEO_SIZES,
 )  # fmt: skip
 register(GPT3)

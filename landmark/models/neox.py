@@ -98,6 +98,6 @@ SIZES = {
     "gpt-neox-20b": size(6144, 44, 64, 50432, act="gelu_fast"),
 }
 NEOX = Family(
-    name="neox", architectures=("GPTNeoXForCausalLM",), config=config, rules=rules, prefix="gpt_neox.", sizes=SIZES
+    name="gpt_neox", architectures=("GPTNeoXForCausalLM",), config=config, rules=rules, prefix="gpt_neox.", sizes=SIZES
 )
 register(NEOX)

@@ -102,8 +102,9 @@ class Keys:
 class Family:
     """The diff of one family of papers: how its config.json reads as a config, and its weights as ours.
 
-    `prefix` stands before all body weights, except in files that were saved without a head. `sizes` maps a published
-    size's name to its config.json; keys that a config.json leaves out have the defaults that the family's files had.
+    `name` is the model_type of its config.json. `prefix` stands before all body weights, except in files that were
+    saved without a head. `sizes` maps a published size's name to its config.json; keys that a config.json leaves out
+    have the defaults that the family's files had.
     """
 
     name: str

@@ -124,4 +124,4 @@ def size(dim: int, heads: int, hidden: int, dropout: float) -> dict[str, object]
 
 SIZES = {"transformer-base": size(512, 8, 2048, 0.1), "transformer-big": size(1024, 16, 4096, 0.3)}
 
-register(Family(name="transformer", architectures=("MarianMTModel",), config=config, rules=rules, sizes=SIZES))
+register(Family(name="marian", architectures=("MarianMTModel",), config=config, rules=rules, sizes=SIZES))

@@ -69,7 +69,7 @@ def save(model: Model, directory: str | Path, *, shard_bytes: int = 5_000_000_00
     if hf is not None:
         family, keys = family_of(hf), Keys(hf)
         weights = unload(family.rules(keys), weights)
-        write = {**hf, "dtype": dtype} if "torch_dtype" not in hf else {**hf, "torch_dtype": dtype}
+        write = {"model_type": family.name, **hf, "dtype" if "torch_dtype" not in hf else "torch_dtype": dtype}
     else:
         write = {"architectures": [NATIVE], "model_type": "landmark", "dtype": dtype, "config": to_dict(model.cfg)}
     directory.mkdir(parents=True, exist_ok=True)
