@@ -147,3 +147,16 @@ def test_only_one_stack_can_grow() -> None:
         model = family.read(hf).build()
     with pytest.raises(ValueError, match="no single stack"):
         upscale_depth(model, 1)
+
+
+@torch.no_grad()
+def test_what_no_family_can_say_is_saved_as_our_own(tmp_path: Path) -> None:
+    hf = {"architectures": ["GPT2LMHeadModel"], "vocab_size": 61, "n_embd": 32, "n_head": 4, "n_layer": 3}
+    model = landmark.build({**hf, "n_positions": 64})
+    perturb(model)
+    new = pool_heads(model.eval(), 2)
+    landmark.save(new, tmp_path)
+    again = landmark.load(tmp_path)
+    assert again.layers[0]["attn"].fn.cfg.kv_heads == 2  # type: ignore[index]
+    close(again(TOKENS), new(TOKENS))
+    assert upscale_depth(model, 1).origin.hf["n_layer"] == 4  # type: ignore[union-attr]
