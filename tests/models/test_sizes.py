@@ -87,7 +87,7 @@ HUB = {  # what the files on the hub say besides
     "gemma2-9b": {"hidden_act": "gelu_pytorch_tanh", "sliding_window_size": 4096, "cache_implementation": "hybrid"},
     "gemma3-1b": {"attn_logit_softcapping": None, "final_logit_softcapping": None, "eos_token_id": [1, 106]},
 }
-FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"}
+FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"}
 
 
 def meta(name: str) -> tuple[Any, Any, dict[str, Any]]:
