@@ -1,8 +1,8 @@
 """Golden files: what every family's config.json is read as, so that no change of it goes unseen.
 
-`tests/golden/tiny/FAMILY.json` is a small config.json without "architectures", `tests/golden/FAMILY.json` the config tree
-and the parameter shapes that each architecture of the family makes of it. To add a family, or to accept a change: write
-the tiny file, run
+`tests/golden/tiny/FAMILY.json` is a small config.json without "architectures"; `tests/golden/FAMILY.json` is what each
+architecture of the family makes of it: the config tree and the shapes of the parameters. To add a family, or to accept
+a change, write the tiny file, run
 
     LANDMARK_GOLDEN=write python -m pytest tests/models/test_golden.py
 

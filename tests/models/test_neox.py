@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def old(hf: dict) -> dict:
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("edit", [None, old])
-def test_parity(name: str, edit, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_parity(name: str, edit: Callable[[dict], dict] | None, tmp_path: Path) -> None:
     check_decoder(GPTNeoXConfig(**{**BASE, **VARIANTS[name]}), GPTNeoXForCausalLM, tmp_path, edit=edit)
 
 

@@ -7,6 +7,7 @@ import torch
 from transformers import CohereConfig, CohereForCausalLM
 
 import landmark
+from landmark.models.base import Init
 from landmark.weights.checkpoint import describe
 
 from .families import check_decoder
@@ -61,6 +62,8 @@ def test_initial_weights() -> None:
         assert weight.std().item() == pytest.approx(weight.shape[1] ** -0.5, rel=0.04), name
     with torch.no_grad():
         assert 0.5 < model(torch.arange(40)[None]).std().item() < 2
+    with pytest.raises(ValueError, match="Init.embedding"):
+        Init(std=None)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,13 +50,15 @@ def old(hf: dict) -> dict:
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("edit", [None, old])
-def test_parity(name: str, edit, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_parity(name: str, edit: Callable[[dict], dict] | None, tmp_path: Path) -> None:
     check_decoder(Phi3Config(**{**BASE, **VARIANTS[name]}), Phi3ForCausalLM, tmp_path, edit=edit)
 
 
 @pytest.mark.parametrize("values", [LONG, PART])
 @pytest.mark.parametrize("edit", [None, old])
-def test_texts_longer_than_the_original_context(values: dict, edit, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_texts_longer_than_the_original_context(
+    values: dict, edit: Callable[[dict], dict] | None, tmp_path: Path
+) -> None:
     """All keys are turned by the second set; a cached key keeps its first rotation, so decoding is apart."""
     config = Phi3Config(**BASE, rope_parameters={**values, "rope_theta": 1e4}, original_max_position_embeddings=16)
     model = check_decoder(config, Phi3ForCausalLM, tmp_path, edit=edit, decode=False)
