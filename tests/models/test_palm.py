@@ -62,7 +62,7 @@ def test_initial_weights() -> None:
         assert weight.std().item() == pytest.approx(weight.shape[1] ** -0.5, rel=0.04), name
     with torch.no_grad():
         assert 0.5 < model(torch.arange(40)[None]).std().item() < 2
-    with pytest.raises(ValueError, match="Init.embedding"):
+    with pytest.raises(ValueError, match=r"Init\.embedding"):
         Init(std=None)
 
 
