@@ -82,7 +82,8 @@ class Prepared:
             fresh.rename(self.folder)
         for name, (text, _) in self.parts.items():
             if isinstance(text, Corpus):
-                write_shards(text, self.tokenizer, self.folder / name, progress=sys.stderr.isatty())
+                bos = self.tokenizer.bos_id is not None
+                write_shards(text, self.tokenizer, self.folder / name, bos=bos, progress=sys.stderr.isatty())
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
