@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..nn.attention import Attention, HeadNorm
+from ..nn.residual import Layer
 from ..weights.rules import Flatten, Rule
 from . import palm
 from .decoder import Decoder
@@ -51,7 +52,7 @@ def attend(keys: Keys, **own: Any) -> Attention.Config:
     return attention(keys, head_dim=head_dim(keys), bias=bias, out_bias=bias, **own)
 
 
-def model(keys: Keys, layers: list[palm.Layer]) -> Decoder.Config:
+def model(keys: Keys, layers: list[Layer]) -> Decoder.Config:
     scale = keys.get("logit_scale", 0.0625)
     return decoder(keys, layers, norm=layer_norm(keys), tied=True, logit_scale=scale)
 
