@@ -40,6 +40,13 @@ class Commands(TyperGroup):
         command.name = name
         return command
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:  # typer would say nothing
+            print(f"landmark: {str(error) or 'interrupted'}", file=sys.stderr)
+            raise typer.Exit(130) from None
+
 
 app = typer.Typer(
     cls=Commands,
@@ -75,8 +82,7 @@ def main() -> None:
     except ArithmeticError as error:  # a run that diverged
         print(f"landmark: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt as error:
-        print(f"landmark: {error or 'interrupted'}", file=sys.stderr)
+    except KeyboardInterrupt:
         sys.exit(130)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -29,7 +28,7 @@ def train(
 
     Several processes on this machine: torchrun --nproc-per-node 2 -m landmark.cli.main train run.toml
     """
-    from ..train import Diverged, Interrupted, TrainConfig
+    from ..train import Interrupted, TrainConfig
     from ..train import train as run_training
     from ..train.progress import progress
     from ..train.read import override, parse, read_toml
@@ -40,11 +39,7 @@ def train(
         run = run_training(settings, callbacks=callbacks, sample=_sample(settings), resume=resume)
     except Interrupted as stop:
         again = ["landmark", "train", str(config), *(x for a in assignments or [] for x in ("--set", a)), "--resume"]
-        print(f"landmark: {stop}; go on with: {shlex.join(again)}", file=sys.stderr)
-        raise typer.Exit(130) from None
-    except Diverged as error:
-        print(f"landmark: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+        raise Interrupted(f"{stop}; go on with: {shlex.join(again)}") from None
     if not run.world.first:
         return
     held_out = run.evaluated[1] if run.evaluated else None
@@ -65,7 +60,7 @@ def _sample(settings: TrainConfig) -> Callable[[Model, Tokenizer], list[str]] | 
 
     def sample(model: Model, tokenizer: Tokenizer) -> list[str]:
         assert isinstance(model, Decoder)
-        answers = generate(model, [tokenizer.encode(p) for p in prompts], sampling, tokenizer=tokenizer)
+        answers = generate(model, [tokenizer.encode(p, special=True) for p in prompts], sampling, tokenizer=tokenizer)
         return [prompt + (answer.text or "") for prompt, answer in zip(prompts, answers, strict=True)]
 
     return sample if prompts else None

@@ -5,6 +5,7 @@ torch.distributed.checkpoint with its safetensors layout: where a part lies in t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,5 +37,7 @@ def load(directory: Path, like: Mapping[str, Tensor], prefix: str = "") -> dict[
             tensors[name] = torch.empty_like(twin, dtype=entry.properties.dtype)
         else:
             tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a process alone is fine
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     return tensors
