@@ -1,6 +1,6 @@
 """Generation beside transformers: the same random weights, prompts and greedy answers, in one run, A B A B.
 
-    python bench/bench_generate.py [--quick] [--rounds 5] [--shape NAME] [--tokens 32] [--json]
+    python bench/bench_generate.py [--quick] [--rounds 5] [--shape NAME] [--batch 8] [--tokens 32] [--json]
 
 Both read one directory of random weights. A row is one call: prompts of 32 tokens (`ragged`: of 8 to 64; transformers
 pads them) and as many new tokens; its time has both in it. `tokens_s` is ours, new tokens over the whole call.
@@ -69,7 +69,7 @@ def their_run(directory: str, dtype: str, prompts: list[list[int]], tokens: int)
     return run
 
 
-def measure(shape: str, rounds: int, tokens: int) -> list[dict[str, Any]]:
+def measure(shape: str, batches: list[str], rounds: int, tokens: int) -> list[dict[str, Any]]:
     import landmark
 
     dtype, hf = SHAPES[shape]
@@ -77,7 +77,8 @@ def measure(shape: str, rounds: int, tokens: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as directory:
         torch.manual_seed(0)
         landmark.save(landmark.build(hf).to(getattr(torch, dtype)), directory)
-        for name, lengths in BATCHES.items():
+        for name in batches:
+            lengths = BATCHES[name]
             generator = torch.Generator().manual_seed(1)
             prompts = [torch.randint(1, hf["vocab_size"], (n,), generator=generator).tolist() for n in lengths]
             ours, theirs = our_run(directory, prompts, tokens), their_run(directory, dtype, prompts, tokens)
@@ -93,6 +94,7 @@ def measure(shape: str, rounds: int, tokens: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), action="append", help="default: gpt2-124m and llama-1.2b")
+    parser.add_argument("--batch", choices=list(BATCHES), action="append", help="default: all")
     parser.add_argument("--quick", action="store_true", help="the tiny shape only, in seconds")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32)
@@ -102,7 +104,8 @@ def main() -> None:
 
     logging.set_verbosity_error()
     shapes = ["tiny"] if options.quick else options.shape or ["gpt2-124m", "llama-1.2b"]
-    show([row for shape in shapes for row in measure(shape, options.rounds, options.tokens)], options.json)
+    batches = options.batch or list(BATCHES)
+    show([row for shape in shapes for row in measure(shape, batches, options.rounds, options.tokens)], options.json)
 
 
 if __name__ == "__main__":

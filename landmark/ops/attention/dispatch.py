@@ -2,7 +2,8 @@
 
 `sdpa` is torch's fused kernel, fed so that no work is done across sequences: one call for equal lengths, one masked
 call where every row holds one sequence, a call a sequence otherwise, and blocks of queries where a window is shorter
-than the text, so that the cost follows the pairs that can see each other.
+than the text, so that the cost follows the pairs that can see each other. `decode` is a C kernel for one new token a
+sequence.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from ...ctx import Bounds
+from . import decode
 from .reference import reference
 
 
@@ -39,7 +41,15 @@ def attention(
     Tokens outside of every sequence come out as zeros. Raises ValueError if a forced `backend` cannot serve the call.
     """
     k_bounds = k_bounds or bounds
-    if backend is not None and (reason := why_not(backend, softcap=softcap, dropout=dropout)):
+    if backend in (None, "decode") and bounds.width == 1 and bias is None and not dropout:
+        reason = decode.why_not(q, k, v, bounds, k_bounds)
+        if reason is None:
+            return decode.decode(q, k, v, k_bounds, scale=scale, window=window, softcap=softcap)
+    elif backend == "decode":
+        reason = "it takes one query a sequence, without bias and dropout"
+    else:
+        reason = None if backend is None else why_not(backend, softcap=softcap, dropout=dropout)
+    if backend is not None and reason is not None:
         raise ValueError(f"attention backend {backend!r} cannot serve this call: {reason}")
     options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "bias": bias}
     if backend == "reference":
@@ -55,7 +65,7 @@ def why_not(backend: str, *, softcap: float | None = None, dropout: float = 0.0)
         return "it has no dropout" if dropout else None
     if backend == "sdpa":
         return "the fused kernel has no soft cap" if softcap is not None else None
-    return "there is no such backend; choose 'sdpa' or 'reference'"
+    return "there is no such backend; choose 'sdpa', 'decode' or 'reference'"
 
 
 def visible(bounds: Bounds, k_bounds: Bounds, *, causal: bool, window: int | None, device: torch.device) -> Tensor:
