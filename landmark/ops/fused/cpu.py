@@ -60,13 +60,15 @@ def _is_half(weight: Tensor | None) -> bool:
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
     """x with unit stride within rows and one stride between them, and that stride."""
-    if x.is_contiguous():
-        return x, x.shape[-1]
-    try:
-        flat = x.view(-1, x.shape[-1])
-    except RuntimeError:  # no single stride between rows
-        flat = x.contiguous()
-    return (flat, flat.stride(0)) if flat.stride(-1) == 1 else (x.contiguous(), x.shape[-1])
+    width = x.shape[-1]
+    if not x.is_contiguous():
+        try:
+            rows = x.view(-1, width)
+        except RuntimeError:  # no single stride between rows
+            return x.contiguous(), width
+        if rows.stride(1) == 1:
+            return rows, rows.stride(0)
+    return x.contiguous(), width
 
 
 _library = torch.library.Library("landmark", "FRAGMENT")

@@ -37,7 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: Ba
         if cpu.why_not_skinny(x, weight, bias) is None:
             return cpu.skinny(x, weight, bias)
         if (
-            cpu.onednn_is_faster()
+            cpu.ONEDNN_IS_FASTER
             and x.numel() * weight.shape[0] >= cpu.MIN_PRODUCT
             and cpu.why_not_onednn(x, weight, bias) is None
         ):

@@ -23,6 +23,8 @@ KERNELS = {torch.float32: "linear_f32", torch.bfloat16: "linear_bf16"}
 MAX_ROWS = {torch.float32: 16, torch.bfloat16: 8}  # beyond them the matrix product is as fast
 ONE_THREAD = 2**17  # bytes of weight that a second thread would not read any sooner
 MIN_PRODUCT = 2**20  # rows x in x out from which oneDNN's set-up pays
+ONEDNN = torch.backends.mkldnn.is_available() and "mkldnn::_linear_pointwise" in torch._C._dispatch_get_all_op_names()
+ONEDNN_IS_FASTER = ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512" and "GenuineIntel" not in processor()
 
 
 @cache
@@ -53,19 +55,7 @@ def why_not_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None
         return f"it takes float32, not {weight.dtype}"
     if x.numel() == 0 or weight.numel() == 0:
         return "it takes no empty tensors"
-    return None if onednn_available() else "this torch has no oneDNN linear"
-
-
-@cache
-def onednn_available() -> bool:
-    """Whether torch was built with oneDNN's linear."""
-    return torch.backends.mkldnn.is_available() and "mkldnn::_linear_pointwise" in torch._C._dispatch_get_all_op_names()
-
-
-@cache
-def onednn_is_faster() -> bool:
-    """Whether MKL, which torch's float32 products call, would leave half of the vector width unused."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "GenuineIntel" not in processor()
+    return None if ONEDNN else "this torch has no oneDNN linear"
 
 
 def _why_not_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:

@@ -14,13 +14,24 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from functools import cache
+from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
+from typing import TypeVar
 
 import torch  # first: its OpenMP runtime must be the one that the kernels find loaded
 
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math")
 HEADER = Path(__file__).with_name("vector.h")
+
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def constant(function: F) -> F:
+    """torch.compiler.assume_constant_result, without its import of the compiler: seconds that most runs never need."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class Unavailable(Exception):
@@ -38,6 +49,7 @@ class Source:
         self._reason: str | None = None
         Source.all.append(self)
 
+    @constant
     def why_not(self) -> str | None:
         """None if the kernels can be called, else why not. Builds them at the first call."""
         if self._library is None and self._reason is None:
@@ -90,7 +102,6 @@ def build(source: Path) -> Path:
     return library
 
 
-@cache
 def compiler() -> str:
     """Path of the C compiler: $CC, else cc, gcc or clang on PATH."""
     names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
@@ -105,13 +116,15 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "landmark"
 
 
-@cache
 def processor() -> str:
-    """What -march=native depends on: the machine and its instruction sets."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
-    kept = [line for line in lines if line.partition(":")[0].strip() in ("flags", "Features", "model name")]
-    return "\n".join([platform.machine(), *dict.fromkeys(kept or lines[:1])])
+    """What -march=native depends on: the machine, its maker and its instruction sets."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            first = list(takewhile(str.strip, file))  # up to the blank line: all cores are alike
+    except OSError:  # not Linux
+        return f"{platform.machine()} {platform.processor()}"
+    kept = ("vendor_id", "cpu family", "model name", "flags", "Features", "CPU implementer", "CPU part")
+    return platform.machine() + "".join(line for line in first if line.partition(":")[0].strip() in kept)
 
 
 def openmp_runtimes() -> list[str]:

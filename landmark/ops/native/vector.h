@@ -117,9 +117,9 @@ INLINE float largest(vf x) {
     return m;
 }
 
-// exp to about 1 ulp: 2^n e^r with |r| <= ln(2)/2; 0 below -87.3, e^88.7 above 88.7.
+// exp to about 1 ulp: 2^n e^r with |r| <= ln(2)/2; 0 below -87.3, e^88.7 above 88.7; NaN stays NaN.
 INLINE vf vexp(vf x) {
-    vf y = vmin(x, splat(88.7f)), n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;
+    vf y = select_(x > 88.7f, splat(88.7f), x), n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;
     vf r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
     vf p = 1.9875691500e-4f * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
