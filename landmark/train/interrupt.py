@@ -1,12 +1,15 @@
-"""Ctrl-C while training: the first asks the loop to save and stop, the second stops at once."""
+"""Ctrl-C while training: the first asks the loop to save and stop, a later one stops at once."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+ECHO = 1.0  # seconds: a launcher passes on what the terminal has sent already
 
 
 class Interrupted(KeyboardInterrupt):
@@ -20,20 +23,19 @@ def catch_interrupts() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in signals}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    first = 0.0
 
     def handle(number: int, frame: FrameType | None) -> None:
-        event.set()
-        restore()
+        nonlocal first
+        if not event.is_set():
+            first = time.monotonic()
+            event.set()
+        elif number == signal.SIGINT and time.monotonic() - first > ECHO:
+            raise KeyboardInterrupt
 
-    for number in signals:
-        signal.signal(number, handle)
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield event
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
