@@ -105,7 +105,8 @@ def sample(model: Model, tokenizer: Tokenizer) -> list[str]:
     """What the model makes of the prompts, always with the same seed."""
     assert isinstance(model, Decoder)
     sampling = Sampling(temperature=0.7, top_p=0.95, max_tokens=60, seed=0)
-    answers = generate(model, [tokenizer.encode(prompt, special=True) for prompt in PROMPTS], sampling, tokenizer=tokenizer)
+    prompts = [tokenizer.encode(prompt, special=True) for prompt in PROMPTS]
+    answers = generate(model, prompts, sampling, tokenizer=tokenizer)
     return [prompt + (answer.text or "") for prompt, answer in zip(PROMPTS, answers, strict=True)]
 
 

@@ -36,12 +36,13 @@ def norm(keys: Keys) -> LayerNorm.Config:
 def body(keys: Keys, *, offset: int = 0, act: str = "gelu", dropout: float = 0.1) -> Encoder.Config:
     """BERT without heads; the first `offset` rows of its position table are unused (RoBERTa). `act` and `dropout` are
     what a config.json means that does not name them."""
+    head_dim = keys.quotient("hidden_size", "num_attention_heads")
     dim, heads, context = keys["hidden_size"], keys["num_attention_heads"], keys.get("max_position_embeddings", 512)
     keys.fixed("position_embedding_type", "absolute")
     keys.fixed("is_decoder", False)
     keys.fixed("add_cross_attention", False)
     attn = Attention.Config(
-        heads=heads, kv_heads=heads, head_dim=dim // heads, bias=True, out_bias=True, causal=False,
+        heads=heads, kv_heads=heads, head_dim=head_dim, bias=True, out_bias=True, causal=False,
         dropout=keys.get("attention_probs_dropout_prob", dropout),
     )  # fmt: skip
     ffn = MLP.Config(hidden=keys["intermediate_size"], act=keys.activation(default=act))

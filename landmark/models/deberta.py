@@ -57,12 +57,13 @@ def config(keys: Keys) -> Encoder.Config:
     dropout, probs_dropout = keys.get("hidden_dropout_prob", 0.1), keys.get("attention_probs_dropout_prob", 0.1)
     norm, act = LayerNorm.Config(eps=keys.get("layer_norm_eps", 1e-7)), keys.activation(default="gelu")
     keys.fixed("talking_head", False)
-    keys.fixed("attention_head_size", dim // heads)
+    head_dim = keys.quotient("hidden_size", "num_attention_heads")
+    keys.fixed("attention_head_size", head_dim)
     keys.fixed("embedding_size", dim)
     keys.fixed("pooler_hidden_size", dim)
     c2p, p2c = terms(keys)
     attn = DisentangledAttention.Config(
-        heads=heads, head_dim=dim // heads, c2p=c2p, p2c=p2c, key_bias=second(keys), position_key_bias=second(keys),
+        heads=heads, head_dim=head_dim, c2p=c2p, p2c=p2c, key_bias=second(keys), position_key_bias=second(keys),
         shared=second(keys) and keys.get("share_att_key", False), dropout=probs_dropout, table_dropout=dropout,
     )  # fmt: skip
     ffn = MLP.Config(hidden=keys["intermediate_size"], act=act)

@@ -48,7 +48,7 @@ def rules(
 def attention(keys: Keys, *, head_dim: int | None = None, **own: Any) -> Attention.Config:
     """Rotary attention as the usual keys say; `head_dim` is the family's default, `own` what it has of its own."""
     heads = keys["num_attention_heads"]
-    head_dim = keys.get("head_dim", head_dim or keys["hidden_size"] // heads)
+    head_dim = keys.get("head_dim", head_dim) or keys.quotient("hidden_size", "num_attention_heads")
     kv_heads, dropout = keys.get("num_key_value_heads", heads), keys.get("attention_dropout", 0.0)
     own = own if "rope" in own else {**own, "rope": rope(keys, head_dim)}
     return Attention.Config(heads=heads, kv_heads=kv_heads, head_dim=head_dim, dropout=dropout, **own)

@@ -29,7 +29,10 @@ def config(keys: Keys) -> Decoder.Config:
 def rules(keys: Keys) -> list[Rule]:
     theirs, ours = "model.layers.{i}.", "layers.{i}."
     heads, hidden = keys["num_attention_heads"], keys["intermediate_size"]
-    head_dim, kv_heads = keys.get("head_dim") or keys["hidden_size"] // heads, keys.get("num_key_value_heads", heads)
+    head_dim, kv_heads = (
+        keys.get("head_dim") or keys.quotient("hidden_size", "num_attention_heads"),
+        keys.get("num_key_value_heads", heads),
+    )
     qkv = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
     return [
         Split(theirs + "self_attn.qkv_proj.", [f"{ours}attn.fn.{name}." for name in "qkv"], qkv),

@@ -46,7 +46,8 @@ def config(keys: Keys) -> EncoderDecoder.Config:
 
     def layer(side: str, causal: bool) -> Layer:
         heads, hidden = keys[f"{side}_attention_heads"], keys[f"{side}_ffn_dim"]
-        kind = {"heads": heads, "head_dim": dim // heads, "bias": True, "out_bias": True, "dropout": attention_dropout}
+        head_dim = keys.quotient("d_model", f"{side}_attention_heads")
+        kind = {"heads": heads, "head_dim": head_dim, "bias": True, "out_bias": True, "dropout": attention_dropout}
         fns: dict[str, ModuleConfig] = {"attn": Attention.Config(**kind, kv_heads=heads, causal=causal)}
         if causal:
             fns["cross"] = CrossAttention.Config(**kind)

@@ -127,11 +127,11 @@ class LongRoPE(RopeScaling):
     per_length = True
 
     def frequencies(self, theta: float, dim: int, totals: Tensor) -> Tensor:
-        base = base_frequencies(theta, dim, totals.device)
+        periods = theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=totals.device) / dim)
         short, long = (torch.tensor(x, dtype=torch.float32, device=totals.device) for x in (self.short, self.long))
         if not len(short) == len(long) == dim // 2:
             raise ValueError(f"LongRoPE needs {dim // 2} factors of each kind, not {len(short)} and {len(long)}")
-        return torch.where((totals > self.original)[..., None], base / long, base / short)
+        return torch.where((totals > self.original)[..., None], 1.0 / (long * periods), 1.0 / (short * periods))
 
     @property
     def attention_factor(self) -> float:
