@@ -58,7 +58,7 @@ class Conversation:
         session, new = self._resume(prompt)
         self._session = None  # until it has read all of it: an interrupt may leave it half way
         logits = session.extend([new])
-        self._prompt, self._at_prompt = prompt, session.state.snapshot()
+        self._prompt, self._at_prompt = prompt, session.snapshot()
         answer = {"role": "assistant", "content": ""}
         self.messages.append(answer)
         stream = TextStream(self.tokenizer, prompt, self.sampling.stop)
@@ -98,7 +98,7 @@ class Conversation:
         if session is not None and len(self._read) < len(prompt) and prompt[: len(self._read)] == self._read:
             return session, prompt[len(self._read) :]
         if session is not None and len(self._prompt) < len(prompt) and prompt[: len(self._prompt)] == self._prompt:
-            session.state.restore(self._at_prompt)
+            session.restore(self._at_prompt)
             return session, prompt[len(self._prompt) :]
         capacity = self.model.cfg.context or len(prompt) + 1_000_000
         self._session = Session(self.model, 1, capacity)

@@ -7,6 +7,7 @@ under the same two calls.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +15,21 @@ from torch import Tensor
 from ..ctx import Bounds, Memory
 from ..models.decoder import Decoder
 from ..models.encoder_decoder import EncoderDecoder
+from ..nn.attention import Attention
+from ..nn.rope_scaling import LongRoPE
 
 
 class Session:
-    """A decoder and the state of `slots` sequences of up to `capacity` tokens, which may look at an encoded source."""
+    """A decoder and the state of `slots` sequences of up to `capacity` tokens, which may look at an encoded source.
+
+    Where a sequence grows past a length at which all its rotations change (LongRoPE), it is read again.
+    """
 
     def __init__(self, model: Decoder, slots: int, capacity: int, memory: Memory | None = None) -> None:
-        self.model, self.memory = model, memory
+        self.model, self._memory, self._capacity = model, memory, capacity
         self.state = model.new_state(slots, capacity)
+        self._turns = turning_lengths(model)
+        self._tokens: list[list[int]] = [[] for _ in range(slots)]  # kept for models that turn
 
     @torch.inference_mode()
     def extend(self, tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -29,9 +37,11 @@ class Session:
 
         Sequences of different lengths lie end to end in one row, and only their last positions reach the head.
         """
+        if self._turns:
+            tokens = self._turn(tokens)
         lengths = tuple(len(new) for new in tokens)
         device = self.model.device
-        memory, self.memory = self.memory, None  # the state keeps what it needs of it
+        memory, self._memory = self._memory, None  # the state keeps what it needs of it
         if len(set(lengths)) == 1:
             ids = torch.tensor(tokens, device=device)
             hidden = self.model.hidden(ids, state=self.state, memory=memory)[:, -1]
@@ -42,10 +52,37 @@ class Session:
             hidden = self.model.hidden(ids, bounds=bounds, state=self.state, memory=memory)[0, ends]
         return self.model.logits(hidden)
 
+    def _turn(self, tokens: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        """`tokens`, or all that was ever read, for an empty state, where a sequence passes a turning length."""
+        pasts = [len(old) for old in self._tokens]
+        self._tokens = [[*old, *new] for old, new in zip(self._tokens, tokens, strict=True)]
+        grown = zip(pasts, self._tokens, strict=True)
+        if not any(0 < past <= turn < len(now) for past, now in grown for turn in self._turns):
+            return tokens
+        self.state = self.model.new_state(len(self._tokens), self._capacity)
+        return self._tokens
+
     def select(self, rows: Sequence[int]) -> None:
         """Keep these sequences, in this order; one may be taken several times."""
-        if list(rows) != list(range(len(self.state.lengths))):
+        if list(rows) != list(range(len(self._tokens))):
             self.state.select(list(rows))
+            self._tokens = [self._tokens[row] for row in rows]
+
+    def snapshot(self) -> Any:
+        """Enough to come back to this moment, as long as no sequence is selected away."""
+        return self.state, self.state.snapshot(), list(self._tokens)
+
+    def restore(self, snapshot: Any) -> None:
+        """Come back to the moment of the snapshot."""
+        self.state, held, tokens = snapshot
+        self.state.restore(held)
+        self._tokens = list(tokens)
+
+
+def turning_lengths(model: Decoder) -> set[int]:
+    """Lengths beyond which a sequence's rotations are others from its first token on."""
+    ropes = [module.rope for module in model.modules() if isinstance(module, Attention) and module.rope is not None]
+    return {rope.cfg.scaling.original for rope in ropes if isinstance(rope.cfg.scaling, LongRoPE)}
 
 
 @torch.inference_mode()

@@ -116,7 +116,7 @@ def yarn_mscale(factor: float, weight: float = 1.0) -> float:
 class LongRoPE(RopeScaling):
     """Ding et al. 2024: a searched divisor per pair, one set for texts within `original` and one for longer ones.
 
-    While decoding across `original` the cached keys keep the short set.
+    While decoding across `original` the cached keys keep the short set; `infer.session` reads such a text again.
     """
 
     short: tuple[float, ...]

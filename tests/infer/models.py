@@ -13,6 +13,7 @@ import torch
 import landmark
 from landmark.models.decoder import Decoder
 from landmark.models.encoder_decoder import EncoderDecoder
+from landmark.models.registry import families
 from landmark.weights.tokenizer import Tokenizer
 from landmark.weights.tokenizer_train import train_tokenizer
 
@@ -28,7 +29,7 @@ MARIAN = dict(
     decoder_start_token_id=60, eos_token_id=0, max_position_embeddings=64, scale_embedding=True,
     activation_function="relu",
 )  # fmt: skip
-GOLDEN = sorted((Path(__file__).parents[1] / "golden" / "tiny").glob("*.json"))
+TINY = Path(__file__).parents[1] / "golden" / "tiny"
 
 
 def build(hf: dict[str, Any], seed: int = 0) -> Any:
@@ -51,13 +52,13 @@ def marian() -> EncoderDecoder:
 
 
 def every_family() -> dict[str, dict[str, Any]]:
-    """A tiny config.json of each family that generates."""
-    found = {"LlamaForCausalLM": LLAMA, "MarianMTModel": MARIAN}
-    for path in GOLDEN:
-        hf = json.loads(path.read_text())
+    """A tiny config.json of every architecture that generates."""
+    found = {}
+    for architecture, family in sorted(families().items()):
+        hf = {"architectures": [architecture], **json.loads((TINY / f"{family.name}.json").read_text())}
         with torch.device("meta"):
             if isinstance(landmark.build(hf), Decoder | EncoderDecoder):
-                found[path.stem] = hf
+                found[architecture] = hf
     return found
 
 
