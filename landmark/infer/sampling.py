@@ -97,13 +97,13 @@ def top_k_threshold(logits: Tensor, k: Tensor) -> Tensor:
 def top_p_threshold(logits: Tensor, p: Tensor, head: int = 512) -> Tensor:
     """[B, 1]: the smallest logit of the smallest set with mass of at least p [B, 1], among logits [B, V].
 
-    Only the `head` most likely tokens are sorted, unless their mass is too small.
+    Only the `head` most likely tokens are sorted, or more of them where their mass is too small.
     """
     values = logits.topk(min(head, logits.shape[1])).values
     # The mass above each; first in the row, where it is 0, the mass of all of them.
     before = (values - logits.logsumexp(1, keepdim=True)).exp().cumsum(1).roll(1, 1)
     if values.shape[1] < logits.shape[1] and bool(((before[:, :1] < p) & (p < 1)).any()):
-        return top_p_threshold(logits, p, logits.shape[1])
+        return top_p_threshold(logits, p, 16 * head)
     before[:, 0] = 0.0
     last = (before < p).sum(1, keepdim=True) - 1
     return values.gather(1, last).masked_fill(p >= 1, -math.inf)
@@ -116,7 +116,7 @@ def min_p_threshold(logits: Tensor, p: Tensor) -> Tensor:
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     """[B]: the token at which the cumulated probability of logits [B, V] reaches uniform [B], in (0, 1]."""
-    cumulated = logits.double().softmax(1).cumsum(1)
+    cumulated = logits.softmax(1).cumsum(1, dtype=torch.float64)
     return torch.searchsorted(cumulated, (uniform[:, None] * cumulated[:, -1:]).contiguous()).squeeze(1)
 
 
