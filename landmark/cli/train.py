@@ -32,6 +32,7 @@ def train(
     from ..train import train as run_training
     from ..train.progress import progress
     from ..train.read import override, parse, read_toml
+    from ..train.recipe import Masked
 
     settings = parse(TrainConfig, override(read_toml(config), assignments or []))
     callbacks = [] if as_json else [progress()]
@@ -46,21 +47,29 @@ def train(
     if as_json:
         print(json.dumps({"out": str(run.out), "step": run.step, "tokens": run.tokens, "held_out": held_out}))
     else:
-        print(f"The model is in {run.out}. Next: landmark generate {shlex.quote(str(run.out))} 'Once upon a time'")
+        use = "inspect" if isinstance(settings.objective, Masked) else "generate"
+        print(f"The model is in {run.out}. Next: landmark {use} {shlex.quote(str(run.out))}")
 
 
 def _sample(settings: TrainConfig) -> Callable[[Model, Tokenizer], list[str]] | None:
-    """Continuations of the prompts of [evaluation], the same draw every time."""
+    """What the model writes after the prompts of [evaluation], the same draw every time."""
+    from ..infer.chat import prompt_ids
     from ..infer.generate import generate
     from ..infer.sampling import Sampling
     from ..models.decoder import Decoder
+    from ..models.encoder_decoder import EncoderDecoder
+    from ..train.recipe import Masked
 
     prompts = settings.evaluation.prompts
+    if prompts and isinstance(settings.objective, Masked):
+        raise ValueError("evaluation.prompts are for models that write; leave them out with the objective Masked")
     sampling = Sampling(temperature=0.8, top_p=0.95, seed=0, max_tokens=settings.evaluation.tokens)
 
     def sample(model: Model, tokenizer: Tokenizer) -> list[str]:
-        assert isinstance(model, Decoder)
-        answers = generate(model, [tokenizer.encode(p, special=True) for p in prompts], sampling, tokenizer=tokenizer)
-        return [prompt + (answer.text or "") for prompt, answer in zip(prompts, answers, strict=True)]
+        assert isinstance(model, Decoder | EncoderDecoder)
+        pairs = isinstance(model, EncoderDecoder)
+        ids = [tokenizer.encode(p, special=True) if pairs else prompt_ids(tokenizer, p) for p in prompts]
+        answers = generate(model, ids, sampling, tokenizer=tokenizer)
+        return [p + (" → " if pairs else "") + (a.text or "") for p, a in zip(prompts, answers, strict=True)]
 
     return sample if prompts else None

@@ -1,32 +1,26 @@
-"""What a run needs before its first update: a tokenizer, tokenised text, and a model."""
+"""What a run needs before its first update: a tokenizer, and tokenised text to train on and to hold out."""
 
 from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from torch import nn
-
-from ..config import ModelConfig, from_dict, to_dict
-from ..data.batches import Batch, Batches
+from ..config import to_dict
 from ..data.corpora import Corpus, Document, open_corpus
 from ..data.order import Source
 from ..data.shards import Shards, write_shards
-from ..models.base import Model, Origin
-from ..models.decoder import Decoder
-from ..models.inspect import longest_text
-from ..parallel.world import World
-from ..weights.checkpoint import NATIVE, build, describe, load, locate
+from ..weights.checkpoint import locate
 from ..weights.files import read_json, write_json
 from ..weights.tokenizer import Tokenizer
-from ..weights.tokenizer_train import train_tokenizer
-from .recipe import CorpusConfig, TrainConfig
+from ..weights.tokenizer_formats import wrap
+from ..weights.tokenizer_train import DEFAULT_SPECIAL, train_tokenizer
+from .recipe import CorpusConfig, Masked, Seq2seq, TrainConfig
 
 FEW = 100  # documents: fewer than that are not held out whole
 
@@ -82,8 +76,15 @@ class Prepared:
             fresh.rename(self.folder)
         for name, (text, _) in self.parts.items():
             if isinstance(text, Corpus):
-                bos = self.tokenizer.bos_id is not None
-                write_shards(text, self.tokenizer, self.folder / name, bos=bos, progress=sys.stderr.isatty())
+                for side in self.sides:
+                    where, shown = self._shards(name, side), sys.stderr.isatty()
+                    write_shards(text, self.tokenizer, where, side=side, bos=self.begins, progress=shown)
+
+    @property
+    def begins(self) -> bool:
+        """Whether documents begin with bos: where prompts do."""
+        bos = self.tokenizer.bos_id
+        return bos is not None and self.tokenizer.encode("a", special=True)[0] == bos
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -94,13 +95,33 @@ class Prepared:
         wanted, model = self.config.tokenizer, self.config.model
         if wanted.path is not None:
             return Tokenizer.load(wanted.path)
-        if isinstance(model, str) and not _is_fresh(model):
+        if isinstance(model, str) and not is_fresh(model):
             return Tokenizer.load(locate(model))
         parts = [text for name, (text, _) in self.parts.items() if name.startswith("train")]
         corpora = [text for text in parts if isinstance(text, Corpus)]
         if not corpora:
             raise ValueError("shards were made with a tokenizer; name its directory in tokenizer.path")
-        return train_tokenizer(wanted.kind, chain.from_iterable(c.texts() for c in corpora), wanted.vocab_size)
+        special = dict(DEFAULT_SPECIAL[wanted.kind])
+        pairs = isinstance(self.config.objective, Seq2seq)
+        if isinstance(self.config.objective, Masked):
+            special.setdefault("mask", "<mask>")
+        elif "eos" not in special:
+            raise ValueError(f"tokenizer.kind {wanted.kind!r} has no token that ends a text; choose bpe or unigram")
+        if pairs:
+            del special["bos"]  # the decoder has a start of its own
+        texts = chain.from_iterable(corpus.texts() for corpus in corpora)
+        tokenizer = train_tokenizer(wanted.kind, texts, wanted.vocab_size, special_tokens=special)
+        if pairs:
+            wrap(tokenizer.backend, None, special["eos"])
+        return tokenizer
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """Which sides of the text are tokenised."""
+        return ("text", "target") if isinstance(self.config.objective, Seq2seq) else ("text",)
+
+    def _shards(self, name: str, side: Side) -> Path:
+        return self.folder / (name if side == "text" else f"{name}-{side}")
 
     @cached_property
     def parts(self) -> dict[str, tuple[Corpus | Shards, float]]:
@@ -114,76 +135,31 @@ class Prepared:
                 if isinstance(text, Shards) and not isinstance(share, str) and share > 0:
                     raise ValueError(f"{text.folder} is tokenised, so not split; name data.held_out, or set it to 0")
                 continue
-            few = len(list(islice(text, FEW))) < FEW
+            first = list(islice(text, FEW))
+            few = len(first) < FEW and first[0].target is None
             train, held = (Cut(text, p, share) for p in PARTS) if few else text.split(share)
             parts[f"train-{i}"], parts[f"held-out-{i}"] = (train, config.weight), (held, config.weight)
         if isinstance(share, str):
             parts["held-out"] = _open(replace(self.data, corpus=share)), 1.0
         return parts
 
-    def sources(self, part: str) -> list[Source]:
+    def sources(self, part: str, side: Side = "text") -> list[Source]:
+        """The shards whose name begins with `part`."""
         found = []
         for name, (text, weight) in self.parts.items():
             if name.startswith(part):
-                shards = text if isinstance(text, Shards) else Shards(self.folder / name)
+                shards = text if isinstance(text, Shards) else Shards(self._shards(name, side))
                 if shards.meta["tokenizer_fingerprint"] != self.tokenizer.fingerprint:
                     raise ValueError(f"{shards.folder} has another tokenizer; name that in tokenizer.path")
                 found.append(Source(shards, weight))
         return found
 
-    def batches(self, here: World) -> Batches:
-        """This process's part of the training batches."""
-        d = self.data
-        if d.rows % here.size:
-            raise ValueError(f"data.rows is {d.rows}, which {here.size} processes cannot share; choose a multiple")
-        return Batches(
-            self.sources("train"), d.rows, d.length, seed=self.config.seed, epochs=d.epochs, packing=d.packing,
-            rank=here.rank, world=here.size,
-        )  # fmt: skip
 
-    def held_out(self) -> Iterator[Batch]:
-        """All held-out text once, in order, the same in every process."""
-        for source in self.sources("held-out"):
-            yield from Batches(source.shards, self.data.rows, self.data.length, shuffle=False, epochs=1)
-
-    def model(self) -> Model:
-        """The model to train, its weights drawn from torch's generator where they are new.
-
-        Raises ValueError where it does not fit the tokenizer or the length of the rows.
-        """
-        model = make_model(self.config.model, self.tokenizer)
-        published = model.origin.hf if model.origin else {"architectures": [NATIVE]}
-        model.origin = Origin(published, self.folder / "tokenizer")
-        vocab, context = model.cfg.embed.vocab, longest_text(model)
-        if vocab < self.tokenizer.vocab_size:
-            raise ValueError(f"the model's vocabulary has {vocab} tokens, the tokenizer {self.tokenizer.vocab_size}")
-        if context is not None and self.data.length > context:
-            raise ValueError(f"data.length is {self.data.length}, but the model was made for {context} tokens at most")
-        return model
-
-
+Side = Literal["text", "target"]
 PARTS: tuple[Literal["train"], Literal["held-out"]] = ("train", "held-out")
 
 
-def make_model(spec: str | Mapping[str, Any], tokenizer: Tokenizer) -> Decoder:
-    """A new model, or one to go on from; see `TrainConfig`. A config.json as a table gets the tokenizer's vocabulary
-    where it names none."""
-    if isinstance(spec, str):
-        model: nn.Module = build(describe(spec)[1]) if _is_fresh(spec) else load(spec)
-    elif "type" in spec:
-        config = from_dict(spec)
-        if not isinstance(config, ModelConfig):
-            raise ValueError(f"[model] describes a {spec['type']}, which is a part; give a whole model")
-        model = config.build()
-    else:
-        ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in ("bos", "eos", "pad")}
-        model = build({"vocab_size": tokenizer.vocab_size, **ids, **spec})
-    if not isinstance(model, Decoder):
-        raise ValueError(f"a {type(model).__name__} is no decoder, and cannot be trained to predict the next token")
-    return model
-
-
-def _is_fresh(spec: str) -> bool:
+def is_fresh(spec: str) -> bool:
     """Whether a model's name stands for an architecture without weights: a config.json, or a published size."""
     path = Path(spec)
     return path.is_file() or (not path.is_dir() and "/" not in spec)
@@ -194,4 +170,4 @@ def _open(config: CorpusConfig) -> Corpus | Shards:
     if isinstance(corpus, str) and (Path(corpus) / "meta.json").is_file():
         return Shards(corpus)
     source = corpus if isinstance(corpus, str) else list(corpus)
-    return open_corpus(source, text=config.text, separator=config.separator, split=config.split)
+    return open_corpus(source, text=config.text, target=config.target, separator=config.separator, split=config.split)

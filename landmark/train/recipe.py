@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Mapping
 from dataclasses import field
 from typing import Any, Literal
@@ -20,7 +21,7 @@ class TokenizerConfig(Config):
     """A directory or vocabulary file; else the model's own, where it has one; else what is trained on the corpus."""
 
     path: str | None = None
-    kind: Literal["bpe", "unigram"] = "bpe"
+    kind: Literal["bpe", "wordpiece", "unigram"] = "bpe"
     vocab_size: int = 4096
 
 
@@ -29,6 +30,7 @@ class CorpusConfig(Config):
 
     corpus: str | tuple[str, ...] = "embedded"
     text: str = "text"  # the field, in JSON lines, Parquet and datasets
+    target: str | None = None  # the field of the other side of parallel text
     separator: str | None = None
     split: str = "train"
     weight: float = 1.0
@@ -59,19 +61,38 @@ class DataConfig(CorpusConfig):
         return self.mixture or (self,)
 
 
-class CausalConfig(Config):
-    """The objective: next tokens; see `CausalLM`."""
+class ObjectiveConfig(Config, ABC, abstract=True):
+    """What to learn, and so which kind of model and of text."""
+
+    def check(self) -> None:
+        super().check()
+        for name, least, below in (
+            ("z_loss", 0.0, 1e3), ("label_smoothing", 0.0, 1.0), ("probability", 1e-6, 1.0), ("span", 1e-6, 1.0)
+        ):  # fmt: skip
+            value = getattr(self, name, None)
+            if value is not None and not least <= value < below:
+                raise ValueError(f"objective.{name} is {value!r}; it must lie in [{least:g}, {below:g})")
+
+
+class Causal(ObjectiveConfig):
+    """The next token, by a decoder: `CausalLM`."""
 
     z_loss: float = 0.0
     label_smoothing: float = 0.0
 
-    def check(self) -> None:
-        super().check()
-        if self.z_loss < 0 or not 0 <= self.label_smoothing < 1:
-            raise ValueError(
-                f"objective.z_loss is {self.z_loss} and objective.label_smoothing {self.label_smoothing}; "
-                "the first must be 0 or more, the second in [0, 1)"
-            )
+
+class Masked(ObjectiveConfig):
+    """Hidden tokens, by an encoder with a masked-LM head: `MaskedLM`, with the options of `Masking`."""
+
+    probability: float = 0.15
+    whole_words: bool = False
+    span: float | None = None
+
+
+class Seq2seq(ObjectiveConfig):
+    """A target text from its source, by an encoder-decoder: `Seq2Seq`; the corpus has a `target`."""
+
+    label_smoothing: float = 0.1
 
 
 class TrainConfig(Settings):
@@ -85,4 +106,4 @@ class TrainConfig(Settings):
     model: str | Mapping[str, Any] = field(default_factory=SMALL.copy)
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
-    objective: CausalConfig = CausalConfig()
+    objective: ObjectiveConfig = Causal()

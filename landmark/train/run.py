@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from ..models.base import Model
-from ..objectives.lm import CausalLM
 from ..parallel.world import world
 from ..weights.tokenizer import Tokenizer
 from .loop import Callback, Run, fit
 from .prepare import Prepared
 from .read import parse
 from .recipe import TrainConfig
+from .task import Task
 
 
 def train(
@@ -45,9 +45,9 @@ def train(
             prepared.make()
         here.barrier()
         torch.manual_seed(config.seed)
-        model, objective = prepared.model(), CausalLM(config.objective.z_loss, config.objective.label_smoothing)
+        task = Task(config, prepared)
         show = None if sample is None else lambda model: sample(model, prepared.tokenizer)
         return fit(
-            model, objective, prepared.batches(here), config, out=out, held_out=prepared.held_out(), sample=show,
+            task.model, task.objective, task.batches(here), config, out=out, held_out=task.held_out(), sample=show,
             callbacks=callbacks, resume=resume,
         )  # fmt: skip

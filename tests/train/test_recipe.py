@@ -253,3 +253,68 @@ def test_torchrun(toml: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["step"] == 6
         assert landmark.load(tmp_path / kind).cfg.embed.vocab == 300
+
+
+BERT = {
+    "architectures": ["BertForMaskedLM"], "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "intermediate_size": 48, "max_position_embeddings": 64, "type_vocab_size": 2,
+}  # fmt: skip
+MARIAN = {
+    "architectures": ["MarianMTModel"], "d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+    "activation_function": "relu", "max_position_embeddings": 64, "scale_embedding": True,
+}  # fmt: skip
+
+
+def run_of(text: Path, out: Path, **keys: Any) -> Any:
+    common: dict[str, Any] = {"out": str(out), "steps": 4, "schedule": "constant", "peak_flops": 1e12}
+    data = {"corpus": str(text), "rows": 4, "length": 32, **keys.pop("data", {})}
+    return train(**{**common, "data": data, "tokenizer": {"vocab_size": 300}, **keys})
+
+
+@pytest.mark.parametrize(("kind", "size"), [("wordpiece", 200), ("bpe", 300)])
+def test_masked_language_model(text: Path, tmp_path: Path, kind: str, size: int) -> None:
+    tokenizer = {"kind": kind, "vocab_size": size}
+    run = run_of(
+        text, tmp_path / "out", model=BERT, objective={"type": "masked", "probability": 0.3}, tokenizer=tokenizer
+    )
+    assert run.evaluated is not None and run.evaluated[1]["mlm"] > 0
+    assert Tokenizer.load(tmp_path / "out").mask_id is not None
+    assert type(landmark.load(tmp_path / "out")).__name__ == "Encoder"
+
+
+def test_sequence_to_sequence(tmp_path: Path) -> None:
+    """Encoded as in training, a source ends with eos, and a target begins with the decoder's start."""
+    pairs = tmp_path / "pairs.jsonl"
+    words = ["red", "green", "blue", "old", "new"]
+    lines = [{"text": f"{a} {b} {i}", "target": f"{i} {b} {a}"} for a in words for b in words for i in range(20)]
+    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = run_of(pairs, tmp_path / "out", model=MARIAN, objective="seq2seq", data={"target": "target", "held_out": 0.1})
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    batch = run.held_out[0]
+    length = int(batch.source_segments[0].sum())
+    source = batch.source[0, :length].tolist()
+    assert tokenizer.encode(tokenizer.decode(source), special=True) == source and source[-1] == tokenizer.eos_id
+    assert batch.target_in[0, 0] == run.model.cfg.start
+    assert run.evaluated is not None and run.evaluated[1]["bits_per_byte"] > 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"objective": "masked"},
+            r"the objective Masked trains an encoder, but \[model\] is a decoder",
+        ),
+        (
+            {"objective": "masked", "model": MARIAN},
+            r"but \[model\] is an encoder-decoder",
+        ),
+        ({"tokenizer": {"kind": "wordpiece", "vocab_size": 300}}, r"'wordpiece' has no token that ends a text"),
+        ({"objective": {"type": "masked", "probability": 0.0}}, r"objective.probability is 0.0"),
+        ({"objective": {"type": "causal", "label_smoothing": 1.0}}, r"objective.label_smoothing is 1.0"),
+    ],
+)
+def test_parts_that_do_not_fit(text: Path, tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_of(text, tmp_path / "out", **keys)
