@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint env oracles bench clean
+.PHONY: quickstart test test-slow bench lint env clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -23,6 +23,14 @@ quickstart: $(VENV)/.ready
 
 test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -q -m slow --timeout=1800
+
+bench: $(VENV)/.ready-test
+	$(BIN)/python bench/bench_train.py
+	$(BIN)/python bench/bench_train.py --memory
+	$(BIN)/python bench/bench_generate.py
 
 lint: $(VENV)/.ready-test
 	$(BIN)/ruff check landmark tests bench

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,12 +78,21 @@ class Unfilled(TorchFunctionMode):
 
 
 def materialise(make: Callable[[], M], init: Init) -> M:
-    """Build without allocating, then allocate and initialise - unless the caller works on the meta device."""
+    """Build without allocating, then allocate and initialise - unless the caller works on the meta device.
+
+    Raises ValueError for a model that is larger than this machine's memory.
+    """
     target = torch.get_default_device()
     with torch.device("meta"), Unfilled():
         model = make()
     if target.type == "meta":
         return model
+    size = sum(p.nbytes for p in model.parameters())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if target.type == "cpu" and size > memory:
+        raise ValueError(
+            f"a model of {size / 1e9:,.0f} GB does not fit this machine's {memory / 1e9:,.0f} GB; choose smaller sizes"
+        )
     model.to_empty(device=target)
     init_weights(model, init)
     return model
