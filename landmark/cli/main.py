@@ -15,6 +15,7 @@ COMMANDS = (
     "generate",
     "chat",
     "inspect",
+    "transform",
     "eval",
     "embed",
     "data",
