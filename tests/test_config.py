@@ -79,7 +79,7 @@ def test_unknown_names_say_the_nearest() -> None:
         (lambda: model(dim=0), "Decoder.dim is 0"),
         (lambda: Attention.Config(heads=4, kv_heads=3, head_dim=8), "kv_heads is 3, which does not divide heads 4"),
         (lambda: model(layers=()).build(), "at least one layer"),
-        (lambda: model(dim=4_000_000).build(), "does not fit this machine's .* GB; choose smaller sizes"),
+        (lambda: model(dim=400_000_000).build(), r"does not fit this machine's .* GB; choose smaller sizes"),
         (lambda: Rope.Config(dim=3).build(8), "even part"),
         (lambda: RMSNorm.Config().build(10, groups=3), "no 3 equal groups"),
         (lambda: MLP.Config(hidden=4, act="gleu").build(4), "gleu"),
