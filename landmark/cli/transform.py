@@ -20,19 +20,25 @@ def transform(
         int | None,
         typer.Option(help="Twice as deep, without so many layers at each side of the seam (SOLAR, Kim et al. 2023)."),
     ] = None,
+    rope: Annotated[
+        str | None, typer.Option(help="Stretch rotary positions: linear, ntk, dynamic, yarn, llama3, or abf.")
+    ] = None,
+    factor: Annotated[float, typer.Option(help="How many times longer the context becomes, with --rope.")] = 1.0,
+    theta: Annotated[float | None, typer.Option(help="The new rotary base, with --rope abf.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: as stored.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Fewer key-value heads, or more layers, for a trained model. The new one begins near the old, and goes on to be
-    trained: landmark train run.toml --set model=OUT
+    """Fewer key-value heads, more layers or a longer context for a trained model. The new one begins near the old,
+    and goes on to be trained: landmark train run.toml --set model=OUT
     """
-    if kv_heads is None and drop_layers is None:
-        raise ValueError("there is nothing to transform; give --kv-heads N or --drop-layers N, or both")
+    if kv_heads is None and drop_layers is None and rope is None:
+        raise ValueError("there is nothing to transform; give --kv-heads N, --drop-layers N or --rope WAY")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already; give a directory that is not there yet")
 
-    from ..models.inspect import count, depth
+    from ..models.inspect import count, depth, longest_text
     from ..transforms.depth import upscale_depth
+    from ..transforms.extend import extend_context
     from ..transforms.uptrain import pool_heads
     from ..weights.checkpoint import load, save
 
@@ -41,8 +47,11 @@ def transform(
         new = pool_heads(new, kv_heads)
     if drop_layers is not None:
         new = upscale_depth(new, drop_layers)
+    if rope is not None:
+        new = extend_context(new, rope, factor, theta=theta)
     save(new, out)
     figures = {"parameters": (count(old), count(new)), "layers": (depth(old), depth(new))}
+    figures["context"] = (longest_text(old) or 0, longest_text(new) or 0)
     if as_json:
         report = {"out": str(out), **{name: {"from": a, "to": b} for name, (a, b) in figures.items()}}
         print(json.dumps(report))

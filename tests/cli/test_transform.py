@@ -63,7 +63,7 @@ def test_both_at_once(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "there is nothing to transform; give --kv-heads N or --drop-layers N"),
+        ((), "there is nothing to transform; give --kv-heads N, --drop-layers N or --rope"),
         (("--kv-heads", 3), "has 4 key-value heads, which do not pool to 3; choose a divisor"),
         (("--kv-heads", 0), "do not pool to 0"),
         (("--drop-layers", 2), "dropping 2 of 4 layers twice makes no deeper model; choose 0 to 1"),
