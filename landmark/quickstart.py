@@ -63,7 +63,7 @@ def recipe(out: str | Path, steps: int, corpus: str | tuple[str, ...] = "embedde
         data=DataConfig(corpus=corpus, held_out=0.03, rows=16, length=256),
         steps=steps,
         dtype="bfloat16",
-        optimizer=Muon.Config(),
+        optimizer=Muon.Config(lr=8e-3),
         schedule=WSD(warmup=min(20, steps // 4), decay=0.4),
         seed=seed,
         evaluation=Evaluation(every=max(1, steps // 4), batches=1000),
