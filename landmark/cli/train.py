@@ -32,7 +32,6 @@ def train(
     from ..train import train as run_training
     from ..train.progress import progress
     from ..train.read import override, parse, read_toml
-    from ..train.recipe import Masked
 
     settings = parse(TrainConfig, override(read_toml(config), assignments or []))
     callbacks = [] if as_json else [progress()]
@@ -47,7 +46,7 @@ def train(
     if as_json:
         print(json.dumps({"out": str(run.out), "step": run.step, "tokens": run.tokens, "held_out": held_out}))
     else:
-        use = "inspect" if isinstance(settings.objective, Masked) else "generate"
+        use = "generate" if settings.objective.writes else "inspect"
         print(f"The model is in {run.out}. Next: landmark {use} {shlex.quote(str(run.out))}")
 
 
@@ -58,11 +57,11 @@ def _sample(settings: TrainConfig) -> Callable[[Model, Tokenizer], list[str]] | 
     from ..infer.sampling import Sampling
     from ..models.decoder import Decoder
     from ..models.encoder_decoder import EncoderDecoder
-    from ..train.recipe import Masked
 
     prompts = settings.evaluation.prompts
-    if prompts and isinstance(settings.objective, Masked):
-        raise ValueError("evaluation.prompts are for models that write; leave them out with the objective Masked")
+    if prompts and not settings.objective.writes:
+        name = settings.objective.type_name
+        raise ValueError(f"evaluation.prompts are for models that write; leave them out with the objective {name}")
     sampling = Sampling(temperature=0.8, top_p=0.95, seed=0, max_tokens=settings.evaluation.tokens)
 
     def sample(model: Model, tokenizer: Tokenizer) -> list[str]:

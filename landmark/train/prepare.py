@@ -18,9 +18,9 @@ from ..data.shards import Shards, write_shards
 from ..weights.checkpoint import locate
 from ..weights.files import read_json, write_json
 from ..weights.tokenizer import Tokenizer
-from ..weights.tokenizer_formats import wrap
-from ..weights.tokenizer_train import DEFAULT_SPECIAL, train_tokenizer
-from .recipe import CorpusConfig, Masked, Seq2seq, TrainConfig
+from .objectives import ObjectiveConfig
+from .objectives.base import Pipeline
+from .recipe import CorpusConfig, TrainConfig
 
 FEW = 100  # documents: fewer than that are not held out whole
 
@@ -48,10 +48,11 @@ class Cut(Corpus):
 
 
 class Prepared:
-    """`out`/prepared: the run's tokenizer and shards, made once; stamp.json says from what."""
+    """`out`/prepared: the run's tokenizer and what its objective has tokenised, once; stamp.json says from what."""
 
     def __init__(self, config: TrainConfig, out: Path) -> None:
         self.config, self.data, self.folder = config, config.data, out / "prepared"
+        self.pipeline: Pipeline[ObjectiveConfig] = config.objective.pipeline(self)
         self.begun = (out / "checkpoints" / "LATEST").exists()  # then what is there is what the run goes on with
 
     def make(self) -> None:
@@ -62,7 +63,8 @@ class Prepared:
         spec = {
             "tokenizer": to_dict(self.config.tokenizer),
             "model": self.config.model if isinstance(self.config.model, str) else None,
-            "corpora": [[name, text.fingerprint] for name, (text, _) in self.parts.items()],
+            "objective": self.config.objective.type_name,
+            "corpora": self.pipeline.fingerprint,
         }
         if not stamp.exists() or read_json(stamp) != spec:
             if stamp.exists():
@@ -74,17 +76,16 @@ class Prepared:
             self.find_tokenizer().save(fresh / "tokenizer")
             write_json(fresh / "stamp.json", spec)
             fresh.rename(self.folder)
+        self.pipeline.write()
+
+    def write_shards(self, *sides: Side) -> None:
+        """Tokenise these sides of every corpus; documents begin with bos where prompts do."""
+        reader, shown = self.reader, sys.stderr.isatty()
+        bos = reader.bos_id is not None and reader.encode("a", special=True)[0] == reader.bos_id
         for name, (text, _) in self.parts.items():
             if isinstance(text, Corpus):
-                for side in self.sides:
-                    where, shown = self._shards(name, side), sys.stderr.isatty()
-                    write_shards(text, self.tokenizer, where, side=side, bos=self.begins, progress=shown)
-
-    @property
-    def begins(self) -> bool:
-        """Whether documents begin with bos: where prompts do."""
-        bos = self.tokenizer.bos_id
-        return bos is not None and self.tokenizer.encode("a", special=True)[0] == bos
+                for side in sides:
+                    write_shards(text, reader, self._shards(name, side), side=side, bos=bos, progress=shown)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -97,28 +98,22 @@ class Prepared:
             return Tokenizer.load(wanted.path)
         if isinstance(model, str) and not is_fresh(model):
             return Tokenizer.load(locate(model))
-        parts = [text for name, (text, _) in self.parts.items() if name.startswith("train")]
-        corpora = [text for text in parts if isinstance(text, Corpus)]
-        if not corpora:
+        texts = self.pipeline.texts()
+        first = next(texts, None)
+        if first is None:
             raise ValueError("shards were made with a tokenizer; name its directory in tokenizer.path")
-        special = dict(DEFAULT_SPECIAL[wanted.kind])
-        pairs = isinstance(self.config.objective, Seq2seq)
-        if isinstance(self.config.objective, Masked):
-            special.setdefault("mask", "<mask>")
-        elif "eos" not in special:
-            raise ValueError(f"tokenizer.kind {wanted.kind!r} has no token that ends a text; choose bpe or unigram")
-        if pairs:
-            del special["bos"]  # the decoder has a start of its own
-        texts = chain.from_iterable(corpus.texts() for corpus in corpora)
-        tokenizer = train_tokenizer(wanted.kind, texts, wanted.vocab_size, special_tokens=special)
-        if pairs:
-            wrap(tokenizer.backend, None, special["eos"])
-        return tokenizer
+        objective = self.config.objective
+        return objective.train_tokenizer(wanted.kind or objective.kind, chain([first], texts), wanted.vocab_size)
+
+    @cached_property
+    def reader(self) -> Tokenizer:
+        """The tokenizer as the objective reads documents with it."""
+        return self.config.objective.reader(self.tokenizer)
 
     @property
     def sides(self) -> tuple[Side, ...]:
-        """Which sides of the text are tokenised."""
-        return ("text", "target") if isinstance(self.config.objective, Seq2seq) else ("text",)
+        """Which sides of the text are there as shards."""
+        return ("text", "target") if self._shards(next(iter(self.parts)), "target").exists() else ("text",)
 
     def _shards(self, name: str, side: Side) -> Path:
         return self.folder / (name if side == "text" else f"{name}-{side}")
@@ -149,7 +144,7 @@ class Prepared:
         for name, (text, weight) in self.parts.items():
             if name.startswith(part):
                 shards = text if isinstance(text, Shards) else Shards(self._shards(name, side))
-                if shards.meta["tokenizer_fingerprint"] != self.tokenizer.fingerprint:
+                if shards.meta["tokenizer_fingerprint"] not in (self.reader.fingerprint, self.tokenizer.fingerprint):
                     raise ValueError(f"{shards.folder} has another tokenizer; name that in tokenizer.path")
                 found.append(Source(shards, weight))
         return found

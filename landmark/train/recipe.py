@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Mapping
 from dataclasses import field
 from typing import Any, Literal
 
 from ..config import Config
+from ..weights.tokenizer_train import Kind
 from .config import Settings
-
-SMALL = {  # about 5 M parameters with the default tokenizer
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256,
-    "intermediate_size": 704, "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "tie_word_embeddings": True, "rms_norm_eps": 1e-5, "max_position_embeddings": 1024,
-}  # fmt: skip
+from .objectives import CausalLM, MaskedLM, ObjectiveConfig, Seq2Seq
+from .objectives.causal import SMALL as SMALL
 
 
 class TokenizerConfig(Config):
     """A directory or vocabulary file; else the model's own, where it has one; else what is trained on the corpus."""
 
     path: str | None = None
-    kind: Literal["bpe", "wordpiece", "unigram"] = "bpe"
+    kind: Kind | None = None  # None: bpe, or for encoders wordpiece
     vocab_size: int = 4096
 
 
@@ -61,49 +57,19 @@ class DataConfig(CorpusConfig):
         return self.mixture or (self,)
 
 
-class ObjectiveConfig(Config, ABC, abstract=True):
-    """What to learn, and so which kind of model and of text."""
-
-    def check(self) -> None:
-        super().check()
-        for name, least, below in (
-            ("z_loss", 0.0, 1e3), ("label_smoothing", 0.0, 1.0), ("probability", 1e-6, 1.0), ("span", 1e-6, 1.0)
-        ):  # fmt: skip
-            value = getattr(self, name, None)
-            if value is not None and not least <= value < below:
-                raise ValueError(f"objective.{name} is {value!r}; it must lie in [{least:g}, {below:g})")
-
-
-class Causal(ObjectiveConfig):
-    """The next token, by a decoder: `CausalLM`."""
-
-    z_loss: float = 0.0
-    label_smoothing: float = 0.0
-
-
-class Masked(ObjectiveConfig):
-    """Hidden tokens, by an encoder with a masked-LM head: `MaskedLM`, with the options of `Masking`."""
-
-    probability: float = 0.15
-    whole_words: bool = False
-    span: float | None = None
-
-
-class Seq2seq(ObjectiveConfig):
-    """A target text from its source, by an encoder-decoder: `Seq2Seq`; the corpus has a `target`."""
-
-    label_smoothing: float = 0.1
+Causal, Masked, Seq2seq = CausalLM, MaskedLM, Seq2Seq
 
 
 class TrainConfig(Settings):
     """A whole run.
 
     `model` is a directory or hub id to go on from, a published size or config.json to begin anew, the contents of a
-    config.json as a table, or a tree of our own configs (a table with a `type`). `out` becomes a model directory.
+    config.json as a table, or a tree of our own configs (a table with a `type`); without any it is a small one that the
+    objective can train. `out` becomes a model directory.
     """
 
     out: str
-    model: str | Mapping[str, Any] = field(default_factory=SMALL.copy)
+    model: str | Mapping[str, Any] = field(default_factory=dict)
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
-    objective: ObjectiveConfig = Causal()
+    objective: ObjectiveConfig = CausalLM()

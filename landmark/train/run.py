@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 
-from ..models.base import Model
+from ..models.base import Model, Origin
+from ..models.inspect import longest_text
+from ..nn.embedding import Embedding
 from ..parallel.world import world
+from ..weights.checkpoint import NATIVE
 from ..weights.tokenizer import Tokenizer
 from .loop import Callback, Run, fit
 from .prepare import Prepared
 from .read import parse
 from .recipe import TrainConfig
-from .task import Task
+from .task import make_model
 
 
 def train(
@@ -45,9 +48,31 @@ def train(
             prepared.make()
         here.barrier()
         torch.manual_seed(config.seed)
-        task = Task(config, prepared)
-        show = None if sample is None else lambda model: sample(model, prepared.tokenizer)
+        if config.data.rows % here.size:
+            raise ValueError(
+                f"data.rows is {config.data.rows}, which {here.size} processes cannot share; choose a multiple"
+            )
+        model, pipeline = fitting_model(config, prepared), prepared.pipeline
+        show = None if sample is None or not config.objective.writes else lambda m: sample(m, prepared.tokenizer)
         return fit(
-            task.model, task.objective, task.batches(here), config, out=out, held_out=task.held_out(), sample=show,
-            callbacks=callbacks, resume=resume,
+            model, config.objective.build(), pipeline.batches(model, here), config, out=out,
+            held_out=pipeline.held_out(model), resume=resume, callbacks=callbacks,
+            sample=show,
         )  # fmt: skip
+
+
+def fitting_model(config: TrainConfig, prepared: Prepared) -> Model:
+    """The model to train, its weights drawn from torch's generator where they are new.
+
+    Raises ValueError where it does not fit the objective, the tokenizer or the length of the rows.
+    """
+    spec = config.model or config.objective.small()
+    model = prepared.pipeline.adapt(make_model(spec, prepared.tokenizer))
+    published = model.origin.hf if model.origin else {"architectures": [NATIVE]}
+    model.origin = Origin(published, prepared.folder / "tokenizer")
+    vocab, context = min(m.cfg.vocab for m in model.modules() if isinstance(m, Embedding)), longest_text(model)
+    if vocab < prepared.tokenizer.vocab_size:
+        raise ValueError(f"the model's vocabulary has {vocab} tokens, the tokenizer {prepared.tokenizer.vocab_size}")
+    if context is not None and config.data.length > context:
+        raise ValueError(f"data.length is {config.data.length}, but the model was made for {context} tokens at most")
+    return model

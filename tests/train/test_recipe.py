@@ -276,7 +276,7 @@ def run_of(text: Path, out: Path, **keys: Any) -> Any:
 def test_masked_language_model(text: Path, tmp_path: Path, kind: str, size: int) -> None:
     tokenizer = {"kind": kind, "vocab_size": size}
     run = run_of(
-        text, tmp_path / "out", model=BERT, objective={"type": "masked", "probability": 0.3}, tokenizer=tokenizer
+        text, tmp_path / "out", model=BERT, objective={"type": "MaskedLM", "probability": 0.3}, tokenizer=tokenizer
     )
     assert run.evaluated is not None and run.evaluated[1]["mlm"] > 0
     assert Tokenizer.load(tmp_path / "out").mask_id is not None
@@ -303,16 +303,16 @@ def test_sequence_to_sequence(tmp_path: Path) -> None:
     ("keys", "message"),
     [
         (
-            {"objective": "masked"},
-            r"the objective Masked trains an encoder, but \[model\] is a decoder",
+            {"objective": "MaskedLM", "model": read_toml_text(MODEL)["model"]},
+            r"the objective MaskedLM trains an encoder, but \[model\] is a decoder",
         ),
         (
-            {"objective": "masked", "model": MARIAN},
+            {"objective": "MaskedLM", "model": MARIAN},
             r"but \[model\] is an encoder-decoder",
         ),
         ({"tokenizer": {"kind": "wordpiece", "vocab_size": 300}}, r"'wordpiece' has no token that ends a text"),
-        ({"objective": {"type": "masked", "probability": 0.0}}, r"objective.probability is 0.0"),
-        ({"objective": {"type": "causal", "label_smoothing": 1.0}}, r"objective.label_smoothing is 1.0"),
+        ({"objective": {"type": "MaskedLM", "probability": 0.0}}, r"objective.probability is 0.0"),
+        ({"objective": {"type": "CausalLM", "label_smoothing": 1.0}}, r"objective.label_smoothing is 1.0"),
     ],
 )
 def test_parts_that_do_not_fit(text: Path, tmp_path: Path, keys: dict[str, Any], message: str) -> None:
