@@ -23,7 +23,8 @@ class MaskedLM:
 
     Where the batch has labels of sentence pairs (next sentence or sentence order), each pair's -log p(label) is added,
     as often as the pair has hidden tokens. So for pairs with equally many the loss is the sum of the two means, as in
-    BERT, and splitting a batch changes nothing. Metrics: `mlm`; `pair`, `pair_accuracy`.
+    BERT, and splitting a batch changes nothing. Metrics: `mlm`, and in eval mode the `accuracy` of the hidden tokens;
+    `pair`, `pair_accuracy`.
     """
 
     head: str = "mlm"
@@ -40,6 +41,9 @@ class MaskedLM:
         out = head.loss(hidden[hides], batch.targets[hides], model.embed)
         count = self.count(batch)
         total, metrics = out.loss, {"mlm": (out.nll, count)}
+        if not model.training:
+            found = head(hidden[hides], model.embed).argmax(-1)
+            metrics["accuracy"] = ((found == batch.targets[hides]).sum(), count)
         labels = batch.labels if isinstance(batch, LabelledBatch) else None
         if labels is not None:
             logits = wide(model.read(self.pair_head, hidden, ctx.bounds))

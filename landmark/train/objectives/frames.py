@@ -73,7 +73,6 @@ class Framer:
         elif one + two > room:
             longest = max(room // 2, room - min(one, two))
             one, two = min(one, longest), min(two, longest)
-            one, two = (min(one, room - two), two) if one >= two else (one, min(two, room - one))
         if min(one, two) < 0:
             raise ValueError(f"data.length is {self.length}, in which a text and its frame do not fit; choose more")
         first.truncate(one)
