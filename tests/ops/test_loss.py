@@ -182,6 +182,21 @@ def test_token_logprobs(backend: str, dtype: torch.dtype) -> None:
     assert_close(got, want, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("chunk", [40, 1000])
+def test_vocabulary_large_enough_for_onednn(chunk: int) -> None:
+    torch.manual_seed(0)
+    h, w = torch.randn(70, 64, requires_grad=True), torch.randn(33000, 64).mul_(0.1).requires_grad_()
+    targets = torch.randint(0, 33000, (70,))
+    want = cross_entropy(h.double(), w.double(), targets, backend="reference").loss
+    got = cross_entropy(h, w, targets, chunk=chunk).loss
+    assert_close(got, want, 2e-6)
+    for ours, theirs in zip(torch.autograd.grad(got, (h, w)), torch.autograd.grad(want, (h, w)), strict=True):
+        assert ours.is_contiguous()
+        assert_close(ours, theirs, 2e-6)
+    args = (h, w, targets, None, None, 1.0, 0.0, 0.0, chunk, ops.why_not("cpu", h) is None, [True, True, False])
+    torch.library.opcheck(ops._cross_entropy, args, test_utils="test_faketensor")
+
+
 def test_autocast() -> None:
     h, w, _, targets = problem(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

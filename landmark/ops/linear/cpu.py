@@ -22,7 +22,7 @@ SOURCE = Source(Path(__file__).with_name("skinny.c"))
 KERNELS = {torch.float32: "linear_f32", torch.bfloat16: "linear_bf16"}
 MAX_ROWS = {torch.float32: 16, torch.bfloat16: 8}  # beyond them the matrix product is as fast
 ONE_THREAD = 2**17  # bytes of weight that a second thread would not read any sooner
-MIN_PRODUCT = 2**20  # rows x in x out from which oneDNN's set-up pays
+MIN_PRODUCT = 2**21  # rows x in x out from which oneDNN's set-up pays
 ONEDNN = torch.backends.mkldnn.is_available() and "mkldnn::_linear_pointwise" in torch._C._dispatch_get_all_op_names()
 ONEDNN_IS_FASTER = ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512" and "GenuineIntel" not in processor()
 

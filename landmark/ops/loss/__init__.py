@@ -139,12 +139,8 @@ def _(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     wide = torch.promote_types(hidden.dtype, torch.float32)
     scalars = [hidden.new_empty((), dtype=d) for d in (wide, wide, torch.int64, wide)]
-    dtypes = (hidden.dtype, wide if hidden.shape[0] > chunk else weight.dtype, wide)
-    grads = [
-        torch.empty_like(t, dtype=d) if need and t is not None else weight.new_empty(0)
-        for t, need, d in zip((hidden, weight, bias), needs, dtypes, strict=True)
-    ]
-    return (*scalars, *grads)
+    grads = chunked.Gradients(hidden, weight, bias, needs, hidden.shape[0] > chunk)
+    return (*scalars, grads.hidden, grads.weight, grads.bias)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -161,7 +157,7 @@ def _backward(ctx: Any, loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     if loss is not None:
         for i, (g, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
             if ctx.needs_input_grad[(0, 1, 3)[i]]:
-                grads[i] = torch.mul(g, loss, out=torch.empty_like(g, dtype=dtype))
+                grads[i] = torch.mul(g, loss, out=g.new_empty(g.shape, dtype=dtype))
     return grads[0], grads[1], None, grads[2], *[None] * 7
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..linear.cpu import MIN_PRODUCT, ONEDNN_IS_FASTER, onednn
 from . import cpu
 from .reference import Head
 
@@ -41,27 +42,40 @@ def reduce_rows(logits: Tensor, targets: Tensor, head: Head, grad: bool) -> tupl
     return nll, lse, mean
 
 
+def through_onednn(weight: Tensor) -> bool:
+    """Whether products with `weight` run faster in oneDNN than in torch."""
+    return ONEDNN_IS_FASTER and weight.is_cpu and weight.dtype == torch.float32 and weight.numel() >= MIN_PRODUCT
+
+
+def zero_weight_gradient(weight: Tensor, several: bool) -> Tensor:
+    """[V, D] zeros: float32 where `several` chunks are summed in it; stored [D, V] where oneDNN's product comes so."""
+    if through_onednn(weight):
+        return torch.zeros_like(weight.mT, memory_format=torch.contiguous_format).mT
+    return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32) if several else weight.dtype)
+
+
 class Gradients:
     """grad_hidden, grad_weight and grad_bias of the chunks so far; those not wanted stay empty."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], chunked: bool
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], several: bool
     ) -> None:
         self.needs = needs
         wide = torch.promote_types(weight.dtype, torch.float32)
-        self.hidden = torch.zeros_like(hidden) if needs[0] else weight.new_empty(0)
-        # A product of one chunk is rounded once; several are summed in float32.
-        self.weight = (
-            torch.zeros_like(weight, dtype=wide if chunked else weight.dtype) if needs[1] else weight.new_empty(0)
-        )
-        self.bias = torch.zeros_like(bias, dtype=wide) if needs[2] and bias is not None else weight.new_empty(0)
+        empty = [weight.new_empty(0) for _ in needs]  # outputs of a custom op may not be one and the same tensor
+        self.hidden = torch.zeros_like(hidden) if needs[0] else empty[0]
+        self.weight = zero_weight_gradient(weight, several) if needs[1] else empty[1]
+        self.bias = torch.zeros_like(bias, dtype=wide) if needs[2] and bias is not None else empty[2]
 
     def add(self, g: Tensor, hidden: Tensor, weight: Tensor, index: Tensor) -> None:
         """g [n, V] is the gradient of the logits of hidden [n, D], whose rows stand at `index`."""
+        fast = through_onednn(weight)
         if self.needs[0]:
-            self.hidden[index] = g @ weight
+            self.hidden[index] = onednn(g, weight.mT, None) if fast else g @ weight
         if self.needs[1]:
-            if self.weight.dtype == g.dtype:
+            if fast:
+                self.weight.mT.add_(onednn(hidden.mT, g.mT, None))
+            elif self.weight.dtype == g.dtype:
                 self.weight.addmm_(g.mT, hidden)
             else:
                 step = max(1, SLICE_BYTES // (hidden.shape[1] * g.element_size()))
@@ -69,6 +83,11 @@ class Gradients:
                     part += columns.mT @ hidden
         if self.needs[2]:
             self.bias += g.sum(0, dtype=self.bias.dtype)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """x W^T + b, into `out`."""
+    return torch.mm(x, weight.mT, out=out) if bias is None else torch.addmm(bias, x, weight.mT, out=out)
 
 
 def sweep(
@@ -89,7 +108,8 @@ def sweep(
         raise ValueError(f"target {bad} is outside the vocabulary of {weight.shape[0]}; ignored targets are -100")
     chunks = max(1, -(-len(index) // chunk))
     rows = max(1, -(-len(index) // chunks))  # chunks of equal length
-    buffer = hidden.new_empty(min(rows, len(index)), weight.shape[0])
+    fast = through_onednn(weight)
+    buffer = hidden.new_empty(0 if fast else min(rows, len(index)), weight.shape[0])
     gradients = Gradients(hidden, weight, bias, needs, len(hidden) > chunk)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     nll, lse, mean = hidden.new_empty(3, len(index), dtype=wide).unbind()
@@ -97,12 +117,9 @@ def sweep(
     for at in range(0, len(index), rows):
         part = slice(at, at + rows)
         h = hidden[part] if len(index) == len(hidden) else hidden[index[part]]
-        logits = buffer[: len(h)]
-        if bias is None:
-            torch.mm(h, weight.mT, out=logits)
-        else:
-            torch.addmm(bias, h, weight.mT, out=logits)
+        logits = onednn(h, weight, bias) if fast else _product(h, weight, bias, buffer[: len(h)])
         nll[part], lse[part], mean[part] = reduce(logits, kept[part], head, any(needs))
         if any(needs):
             gradients.add(logits, h, weight, index[part])
+        del logits  # before the next chunk's
     return index, nll, lse, mean, gradients
