@@ -88,8 +88,8 @@ def fit(
     """Train `model` in place, and leave it in eval mode, saved as a model directory in `out`.
 
     `batches` are this process's own; `held_out` are the same in all processes. `sample` gives texts to show at every
-    evaluation. `out` also gets metrics.jsonl and checkpoints/. With `resume`, the run goes on from its latest
-    checkpoint to the same bits as if it had never stopped (from the start if it has none yet).
+    evaluation (of a model that is not sharded). `out` also gets metrics.jsonl and checkpoints/. With `resume`, the run
+    goes on from its latest checkpoint to the same bits as if it had never stopped (from the start if it has none yet).
 
     Raises ValueError for settings or data that cannot work, OSError if a checkpoint cannot be written, Diverged if the
     loss or the gradient is not finite, and Interrupted (a KeyboardInterrupt), once all is saved, on Ctrl-C.

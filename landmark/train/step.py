@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -41,13 +40,19 @@ class Totals:
             pair[1] += count
 
     def means(self, world: World) -> dict[str, float]:
-        """Metric -> mean over everything that was added anywhere. One wait for the device, one exchange."""
+        """Metric -> mean over everything that was added anywhere; a metric that nothing counted for is left out.
+
+        One wait for the device, and one exchange, in which processes need not have the same metrics.
+        """
         names = list(self.pairs)
         sums = torch.stack([self.pairs[name][0] for name in names]).tolist()
-        flat = world.sum([*sums, *(self.pairs[name][1] for name in names)])
-        return {
-            name: flat[i] / flat[i + len(names)] if flat[i + len(names)] else math.nan for i, name in enumerate(names)
-        }
+        mine = {name: (total, self.pairs[name][1]) for name, total in zip(names, sums, strict=True)}
+        both: dict[str, tuple[float, int]] = {}
+        for pairs in world.gather(mine):
+            for name, (total, count) in pairs.items():
+                before = both.get(name, (0.0, 0))
+                both[name] = before[0] + total, before[1] + count
+        return {name: total / max(count, 1) for name, (total, count) in both.items() if count or name == "loss"}
 
 
 @torch.no_grad()

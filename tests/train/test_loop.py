@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import math
@@ -309,3 +310,16 @@ def test_out_is_a_file(tmp_path: Path) -> None:
 def test_absurd_settings(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         settings(**keys)
+
+
+def test_a_batch_without_targets_is_no_divergence(tmp_path: Path) -> None:
+    """A masked or short batch may have nothing to learn; weights then move by decay and momentum alone."""
+
+    class Bare(Stream):
+        def __next__(self) -> Any:
+            batch = super().__next__()
+            return dataclasses.replace(batch, targets=torch.full_like(batch.targets, -100), n_bytes=0)
+
+    fit(tiny(), CausalLM(), Bare(), settings(2), out=tmp_path)
+    assert [r["loss"] for r in records(tmp_path)] == [0.0, 0.0]
+    assert all("bits_per_byte" not in r and r["grad_norm"] == 0.0 for r in records(tmp_path))

@@ -29,7 +29,7 @@ class Adafactor(Simple):
             return [Adafactor(self.groups(parameters, **options))] if parameters else []
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
-        step = torch.zeros((), device=p.device)
+        step = torch.zeros(())  # on the CPU, where its value is needed
         if p.dim() < 2:
             return {"step": step, "second": torch.zeros_like(p)}
         return {"step": step, "row": torch.zeros_like(p.mean(-1)), "column": torch.zeros_like(p.mean(-2))}
