@@ -26,7 +26,7 @@ def _kernel(dtype: torch.dtype):  # type: ignore[no-untyped-def]  # ctypes names
 def why_not(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, k_bounds: Bounds) -> str | None:
     """None if the kernel can serve q [B, 1, heads, d] over k and v [B, S, kv_heads, d], else why not."""
     if not (bounds.width == 1 and bounds.dense and k_bounds.one_a_row and k_bounds.rows == bounds.rows):
-        return "it takes one query a row, whose keys are in the same row"
+        return "it takes one query a sequence, whose keys are in the same row"
     if q.device.type != "cpu" or q.dtype not in KERNELS or not q.dtype == k.dtype == v.dtype:
         return "it takes float32 and bfloat16 on cpu"
     if q.shape[-1] % 16 or v.shape[-1] % 16 or k.stride(-1) != 1 or v.stride(-1) != 1:

@@ -1,19 +1,21 @@
 """The public function and its backends.
 
-`sdpa` is torch's fused kernel, fed so that no work is done across sequences: one call for equal lengths, one masked
+`cpu` is a C kernel that takes ragged batches as they are; `decode` another, for one new token a sequence. `sdpa` serves
+what is left: torch's fused kernel, fed so that no work is done across sequences - one call for equal lengths, one masked
 call where every row holds one sequence, a call a sequence otherwise, and blocks of queries where a window is shorter
-than the text, so that the cost follows the pairs that can see each other. `decode` is a C kernel for one new token a
-sequence.
+than the text, so that the cost follows the pairs that can see each other. It has no soft cap; `plain` has.
 """
 
 from __future__ import annotations
+
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from ...ctx import Bounds
-from . import decode
+from . import cpu, decode
 from .reference import reference
 
 
@@ -41,31 +43,73 @@ def attention(
     Tokens outside of every sequence come out as zeros. Raises ValueError if a forced `backend` cannot serve the call.
     """
     k_bounds = k_bounds or bounds
-    if backend in (None, "decode") and bounds.width == 1 and bias is None and not dropout:
-        reason = decode.why_not(q, k, v, bounds, k_bounds)
-        if reason is None:
-            return decode.decode(q, k, v, k_bounds, scale=scale, window=window, softcap=softcap)
-    elif backend == "decode":
-        reason = "it takes one query a sequence, without bias and dropout"
-    else:
-        reason = None if backend is None else why_not(backend, softcap=softcap, dropout=dropout)
-    if backend is not None and reason is not None:
+    if backend is None:
+        backend = _pick(q, k, v, bounds, k_bounds, softcap, dropout, bias)
+    elif reason := why_not(
+        backend, q, k, v, bounds=bounds, k_bounds=k_bounds, softcap=softcap, dropout=dropout, bias=bias
+    ):
         raise ValueError(f"attention backend {backend!r} cannot serve this call: {reason}")
-    options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "bias": bias}
+    if backend == "decode":
+        return decode.decode(q, k, v, k_bounds, scale=scale, window=window, softcap=softcap)
+    masks: Masks = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+    if backend == "cpu":
+        return cpu.attend(q, k, v, bounds=bounds, k_bounds=k_bounds, **masks)
     if backend == "reference":
-        return reference(q, k, v, bounds=bounds, k_bounds=k_bounds, **options)  # type: ignore[arg-type]
-    if why_not("sdpa", softcap=softcap, dropout=dropout):
-        return _ragged(_plain, q, k, v, bounds, k_bounds, dropout=dropout, **options)
-    return _ragged(_fused, q, k, v, bounds, k_bounds, dropout=dropout, **options)
+        return reference(q, k, v, bounds=bounds, k_bounds=k_bounds, bias=bias, **masks)
+    kernel = _fused if backend == "sdpa" else _plain
+    return _ragged(kernel, q, k, v, bounds, k_bounds, dropout=dropout, bias=bias, **masks)
 
 
-def why_not(backend: str, *, softcap: float | None = None, dropout: float = 0.0) -> str | None:
-    """Why a backend cannot serve a call, or None if it can."""
+class Masks(TypedDict):
+    scale: float
+    causal: bool
+    window: int | None
+    softcap: float | None
+
+
+def _pick(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Bounds,
+    k_bounds: Bounds,
+    softcap: float | None,
+    dropout: float,
+    bias: Tensor | None,
+) -> str:
+    if bounds.width == 1 and bias is None and not dropout and decode.why_not(q, k, v, bounds, k_bounds) is None:
+        return "decode"
+    if cpu.why_not(q, k, v, dropout=dropout, bias=bias) is None:
+        return "cpu"
+    return "plain" if softcap is not None else "sdpa"
+
+
+def why_not(
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bounds: Bounds,
+    k_bounds: Bounds | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    bias: Tensor | None = None,
+) -> str | None:
+    """Why a backend cannot serve a call of `attention` with these arguments, or None if it can."""
+    if backend == "cpu":
+        return cpu.why_not(q, k, v, dropout=dropout, bias=bias)
+    if backend == "decode":
+        if bias is not None or dropout:
+            return "it takes one query a sequence, without bias and dropout"
+        return decode.why_not(q, k, v, bounds, k_bounds or bounds)
     if backend == "reference":
         return "it has no dropout" if dropout else None
     if backend == "sdpa":
         return "the fused kernel has no soft cap" if softcap is not None else None
-    return "there is no such backend; choose 'sdpa', 'decode' or 'reference'"
+    if backend == "plain":
+        return None
+    return "there is no such backend; choose 'cpu', 'decode', 'sdpa', 'plain' or 'reference'"
 
 
 def visible(bounds: Bounds, k_bounds: Bounds, *, causal: bool, window: int | None, device: torch.device) -> Tensor:
