@@ -229,6 +229,21 @@ def test_nothing_that_is_held_out_is_trained_on(tmp_path: Path) -> None:
     assert trained and held and not trained & held and len(trained | held) == len(REVIEWS)
 
 
+@pytest.mark.parametrize(
+    "objective", ["MaskedLM", {"type": "MaskedLM", "pairs": "nsp"}, "SequenceClassification", "TokenClassification"]
+)
+def test_processes_share_the_batches_of_one(tmp_path: Path, objective: Any) -> None:
+    rows = CITIES if objective == "TokenClassification" else REVIEWS
+    corpus = str(write(tmp_path / "rows.jsonl", rows)) if "Class" in str(objective) else texts(tmp_path)
+    model = {**BERT, "architectures": ["BertForPreTraining"]}
+    prepared, made, batch = begin(config(tmp_path / "out", corpus, objective, model=model))
+    shares = [next(prepared.pipeline.batches(made, World(rank, 2, ALONE.device))) for rank in (0, 1)]
+    for name in ("tokens", "targets", "segments", "types", "labels"):
+        whole = getattr(batch, name, None)
+        if whole is not None:
+            assert torch.equal(torch.cat([getattr(share, name) for share in shares]), whole)
+
+
 ROW = {"text": "a b c", "label": "x"}
 BAD_ROWS: list[tuple[Any, Any, str]] = [
     ("SequenceClassification", [ROW, {"text": "b"}], r"rows.jsonl, line 2 has no label; give it 'label'"),
