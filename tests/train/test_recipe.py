@@ -17,9 +17,10 @@ import torch
 import landmark
 from landmark.config import to_dict
 from landmark.objectives.lm import CausalLM
-from landmark.train import WSD, AdamW, Cosine, InverseSqrt, Lion, Muon, TrainConfig, train
+from landmark.train import WSD, AdamW, Callback, Cosine, Interrupted, InverseSqrt, Lion, Muon, TrainConfig, train
 from landmark.train.read import override, parse, read_toml
 from landmark.weights.tokenizer import Tokenizer
+from tests.train.common import same, weights
 
 MODEL = """
 [model]
@@ -147,6 +148,24 @@ def test_a_run_from_text_to_model(toml: Path, tmp_path: Path) -> None:
     assert again.model.cfg == model.cfg
     for name, tensor in again.model.state_dict().items():
         torch.testing.assert_close(tensor, before[name])
+
+
+def test_real_text_goes_on_to_the_same_bits(toml: Path, tmp_path: Path) -> None:
+    """Stopped in the middle, with the text touched meanwhile: the run goes on with what it had tokenised."""
+
+    class Stop(Callback):
+        def update(self, run: Any, record: dict[str, Any]) -> None:
+            if run.step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    whole = train(read(toml, f"out={tmp_path / 'whole'}"))
+    with pytest.raises(Interrupted):
+        train(read(toml), callbacks=[Stop()])
+    (tmp_path / "book.txt").touch()
+    rest = train(read(toml), resume=True)
+    assert same(weights(whole.model), weights(rest.model))
+    with pytest.raises(ValueError, match=r"begun with data.rows = 4, and cannot go on with 2"):
+        train(read(toml, "data.rows=2"), resume=True)
 
 
 def test_held_out_text_is_not_trained_on(toml: Path, text: Path, tmp_path: Path) -> None:
