@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ..config import Config
 from ..weights.tokenizer_train import Kind
 from .config import Settings
-from .objectives import CausalLM, MaskedLM, ObjectiveConfig, Seq2Seq
+from .objectives import CausalLM, ObjectiveConfig
 from .objectives.causal import SMALL as SMALL
 
 
@@ -55,9 +55,6 @@ class DataConfig(CorpusConfig):
     @property
     def corpora(self) -> tuple[CorpusConfig, ...]:
         return self.mixture or (self,)
-
-
-Causal, Masked, Seq2seq = CausalLM, MaskedLM, Seq2Seq
 
 
 class TrainConfig(Settings):

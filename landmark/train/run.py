@@ -8,17 +8,14 @@ from typing import Any
 
 import torch
 
-from ..models.base import Model, Origin
-from ..models.inspect import longest_text
-from ..nn.embedding import Embedding
+from ..models.base import Model
 from ..parallel.world import world
-from ..weights.checkpoint import NATIVE
 from ..weights.tokenizer import Tokenizer
 from .loop import Callback, Run, fit
+from .model import fitting_model
 from .prepare import Prepared
 from .read import parse
 from .recipe import TrainConfig
-from .task import make_model
 
 
 def train(
@@ -59,20 +56,3 @@ def train(
             held_out=pipeline.held_out(model), resume=resume, callbacks=callbacks,
             sample=show,
         )  # fmt: skip
-
-
-def fitting_model(config: TrainConfig, prepared: Prepared) -> Model:
-    """The model to train, its weights drawn from torch's generator where they are new.
-
-    Raises ValueError where it does not fit the objective, the tokenizer or the length of the rows.
-    """
-    spec = config.model or config.objective.small()
-    model = prepared.pipeline.adapt(make_model(spec, prepared.tokenizer))
-    published = model.origin.hf if model.origin else {"architectures": [NATIVE]}
-    model.origin = Origin(published, prepared.folder / "tokenizer")
-    vocab, context = min(m.cfg.vocab for m in model.modules() if isinstance(m, Embedding)), longest_text(model)
-    if vocab < prepared.tokenizer.vocab_size:
-        raise ValueError(f"the model's vocabulary has {vocab} tokens, the tokenizer {prepared.tokenizer.vocab_size}")
-    if context is not None and config.data.length > context:
-        raise ValueError(f"data.length is {config.data.length}, but the model was made for {context} tokens at most")
-    return model
