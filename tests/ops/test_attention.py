@@ -87,8 +87,10 @@ def test_backends(shape: str, dtype: torch.dtype, backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_many_tiles(shape: str, dtype: torch.dtype) -> None:
     bounds, k_bounds, *sizes = LONG[shape]
-    causal = ((True, None, None), (True, 70, None), (True, 30, 5.0)) if shape != "cross" else ()
-    for causal, window, softcap in (*causal, (False, None, 3.0), (False, 190, None)):
+    masks = [(False, None, 3.0), (False, 190, None)]
+    if shape != "cross":  # whose first queries a causal mask leaves no key
+        masks += [(True, None, None), (True, 70, None), (True, 30, 5.0)]
+    for causal, window, softcap in masks:
         options = {"scale": sizes[2] ** -0.5, "causal": causal, "window": window, "softcap": softcap}
         check(bounds, k_bounds, inputs(bounds, k_bounds, dtype, *sizes), "cpu", options)
 
@@ -160,6 +162,7 @@ def test_gradients_of_gradients() -> None:
 def test_a_compiler_sees_one_op() -> None:
     bounds = Bounds(2, 20)
     q, k, v = (t.requires_grad_() for t in inputs(bounds, bounds, torch.float32))
+    assert bounds.sequences  # cached: the lock of Python 3.11's cached_property is opaque to it
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, bounds=bounds, **OPTIONS)

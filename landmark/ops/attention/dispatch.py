@@ -1,9 +1,9 @@
 """The public function and its backends.
 
 `cpu` is a C kernel that takes ragged batches as they are; `decode` another, for one new token a sequence. `sdpa` serves
-what is left: torch's fused kernel, fed so that no work is done across sequences - one call for equal lengths, one masked
-call where every row holds one sequence, a call a sequence otherwise, and blocks of queries where a window is shorter
-than the text, so that the cost follows the pairs that can see each other. It has no soft cap; `plain` has.
+what is left: torch's fused kernel, fed so that no work is done across sequences. That is one call for equal lengths,
+one masked call where every row holds one sequence, a call a sequence otherwise, and blocks of queries where a window is
+shorter than the text, so that the cost follows the pairs that can see each other. It has no soft cap; `plain` has.
 """
 
 from __future__ import annotations
