@@ -170,39 +170,61 @@ INLINE void copy_row(char *to, const char *from, int64_t d, const int64_t D, con
     if (d < D) memset(to + size * d, 0, size * (D - d));
 }
 
-// [rows, D] words -> [D, TILE] words; columns up to a multiple of 16 rows are written.
-INLINE void transpose(int32_t *to, const int32_t *from, int64_t rows, int64_t D) {
-    for (int64_t i = 0; i < rows; i += 16)
+// Rows of elements, `step` bytes apart.
+typedef struct {
+    const char *at;
+    int64_t step;
+} Rows;
+
+INLINE Rows copy_rows(char *to, Rows from, int64_t n, int64_t d, const int half, const int pair) {
+    const int64_t D = UP(d, 16), line = D * (pair ? 2 : 4);
+    for (int64_t i = 0; i < n; i++) copy_row(to + i * line, from.at + i * from.step, d, D, half, pair);
+    memset(to + n * line, 0, (UP(n, 16) - n) * line);
+    return (Rows){to, line};
+}
+
+// The rows themselves if they need neither padding nor another type, else a copy.
+INLINE Rows tidy(char *to, Rows from, int64_t n, int64_t d, const int half, const int pair) {
+    return n % 16 || d % 16 || half != pair ? copy_rows(to, from, n, d, half, pair) : from;
+}
+
+INLINE Rows tokens(const void *x, int64_t row, int64_t token, int64_t head, int64_t width, int64_t at, const int half) {
+    const int64_t size = half ? 2 : 4;
+    return (Rows){(const char *)x + (at / width * row + at % width * token + head) * size, token * size};
+}
+
+// [n, D] words -> [D, TILE] words; columns up to a multiple of 16 rows are written.
+INLINE void transpose(int32_t *to, Rows from, int64_t n, int64_t D) {
+    for (int64_t i = 0; i < n; i += 16)
         for (int64_t j = 0; j < D; j += 16) {
-            const int32_t *x = from + i * D + j;
+            const char *x = from.at + i * from.step + 4 * j;
             int32_t *y = to + j * TILE + i;
+            const int cols = MIN(16, D - j);
 #ifdef __AVX512F__
-            if (j + 16 <= D) {
-                __m512i a[16], b[16];
-                for (int r = 0; r < 16; r++) a[r] = _mm512_loadu_si512(x + r * D);
-                for (int r = 0; r < 8; r++) {
-                    b[2 * r] = _mm512_unpacklo_epi32(a[2 * r], a[2 * r + 1]);
-                    b[2 * r + 1] = _mm512_unpackhi_epi32(a[2 * r], a[2 * r + 1]);
-                }
-                for (int r = 0; r < 4; r++) {
-                    a[4 * r] = _mm512_unpacklo_epi64(b[4 * r], b[4 * r + 2]);
-                    a[4 * r + 1] = _mm512_unpackhi_epi64(b[4 * r], b[4 * r + 2]);
-                    a[4 * r + 2] = _mm512_unpacklo_epi64(b[4 * r + 1], b[4 * r + 3]);
-                    a[4 * r + 3] = _mm512_unpackhi_epi64(b[4 * r + 1], b[4 * r + 3]);
-                }
-                for (int c = 0; c < 4; c++) { // a[4 r + c]: rows 4 r to 4 r + 3 of columns c, 4 + c, 8 + c, 12 + c
-                    const __m512i lo = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88), hi = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
-                    const __m512i lo2 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd), hi2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
-                    _mm512_storeu_si512(y + c * TILE, _mm512_shuffle_i32x4(lo, hi, 0x88));
-                    _mm512_storeu_si512(y + (8 + c) * TILE, _mm512_shuffle_i32x4(lo, hi, 0xdd));
-                    _mm512_storeu_si512(y + (4 + c) * TILE, _mm512_shuffle_i32x4(lo2, hi2, 0x88));
-                    _mm512_storeu_si512(y + (12 + c) * TILE, _mm512_shuffle_i32x4(lo2, hi2, 0xdd));
-                }
-                continue;
+            __m512i a[16], b[16];
+            for (int r = 0; r < 16; r++) a[r] = _mm512_maskz_loadu_epi32((1 << cols) - 1, x + r * from.step);
+            for (int r = 0; r < 8; r++) {
+                b[2 * r] = _mm512_unpacklo_epi32(a[2 * r], a[2 * r + 1]);
+                b[2 * r + 1] = _mm512_unpackhi_epi32(a[2 * r], a[2 * r + 1]);
             }
+            for (int r = 0; r < 4; r++) {
+                a[4 * r] = _mm512_unpacklo_epi64(b[4 * r], b[4 * r + 2]);
+                a[4 * r + 1] = _mm512_unpackhi_epi64(b[4 * r], b[4 * r + 2]);
+                a[4 * r + 2] = _mm512_unpacklo_epi64(b[4 * r + 1], b[4 * r + 3]);
+                a[4 * r + 3] = _mm512_unpackhi_epi64(b[4 * r + 1], b[4 * r + 3]);
+            }
+            for (int c = 0; c < 4; c++) { // a[4 r + c]: rows 4 r to 4 r + 3 of columns c, 4 + c, 8 + c, 12 + c
+                const __m512i e0 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88), e1 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
+                const __m512i o0 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd), o1 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
+                if (c < cols) _mm512_storeu_si512(y + c * TILE, _mm512_shuffle_i32x4(e0, e1, 0x88));
+                if (4 + c < cols) _mm512_storeu_si512(y + (4 + c) * TILE, _mm512_shuffle_i32x4(o0, o1, 0x88));
+                if (8 + c < cols) _mm512_storeu_si512(y + (8 + c) * TILE, _mm512_shuffle_i32x4(e0, e1, 0xdd));
+                if (12 + c < cols) _mm512_storeu_si512(y + (12 + c) * TILE, _mm512_shuffle_i32x4(o0, o1, 0xdd));
+            }
+#else
+            for (int c = 0; c < cols; c++)
+                for (int r = 0; r < 16; r++) memcpy(y + c * TILE + r, x + r * from.step + 4 * c, 4);
 #endif
-            for (int64_t c = 0; c < MIN(16, D - j); c++)
-                for (int64_t r = 0; r < 16; r++) y[c * TILE + r] = x[r * D + c];
         }
 }
 
@@ -212,25 +234,27 @@ INLINE vi zip(vh even, vh odd) {
     return (vi)_mm512_or_si512(_mm512_cvtepu16_epi32((__m256i)even), _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)odd), 16));
 }
 
-INLINE void zip_rows(int32_t *to, const bf16 *from, int64_t rows, int64_t D) {
-    for (int64_t i = 0; i < rows; i += 2)
+INLINE void zip_rows(int32_t *to, Rows from, int64_t n, int64_t D) {
+    for (int64_t i = 0; i < n; i += 2)
         for (int64_t j = 0; j < D; j += W) {
             vh even, odd;
-            memcpy(&even, from + i * D + j, sizeof even);
-            memcpy(&odd, from + (i + 1) * D + j, sizeof odd);
+            memcpy(&even, from.at + i * from.step + 2 * j, sizeof even);
+            memcpy(&odd, from.at + (i + 1) * from.step + 2 * j, sizeof odd);
             const vi x = zip(even, odd);
             memcpy(to + i / 2 * D + j, &x, sizeof x);
         }
 }
 #endif
 
-// Rows of tokens, packed: [UP(n, 16), D].
-INLINE void pack(char *to, const void *x, int64_t row, int64_t token, int64_t width, int64_t at, int64_t head, int64_t n,
-                 int64_t d, const int half, const int pair) {
-    const int64_t D = UP(d, 16), size = half ? 2 : 4, line = D * (pair ? 2 : 4);
-    const char *from = (const char *)x + (at / width * row + at % width * token + head) * size;
-    for (int64_t i = 0; i < n; i++) copy_row(to + i * line, from + i * token * size, d, D, half, pair);
-    memset(to + n * line, 0, (UP(n, 16) - n) * line);
+// The second factor of a product over rows: [n, D], or the pairs of its rows.
+INLINE void pack(int32_t *to, Rows raw, Rows tidied, int64_t n, int64_t d, const int half, const int pair) {
+#if PAIRS
+    if (pair) {
+        zip_rows(to, tidied, n, UP(d, 16));
+        return;
+    }
+#endif
+    if (tidied.at != (char *)to) copy_rows((char *)to, raw, n, d, half, pair);
 }
 
 // -- What a row sees
@@ -343,12 +367,10 @@ INLINE void forward(const Call *c, const Task *t, char *arena, const int half, c
     const int64_t end = seen(c, t, t->end - 1, group).to;
     for (int64_t at = seen(c, t, t->first, group).from / TILE * TILE; at < end; at += TILE) {
         const int64_t n = MIN(TILE, t->keys - at);
-        pack(k, c->k, c->k_row, c->k_token, c->k_width, t->k0 + at, t->head * c->k_head, n, c->d, half, pair);
-        pack(v, c->v, c->v_row, c->v_token, c->k_width, t->k0 + at, t->head * c->v_head, n, c->dv_, half, pair);
-        transpose(kt, (int32_t *)k, n, D / words);
-#if PAIRS
-        if (pair) zip_rows(vp, (bf16 *)v, n, V);
-#endif
+        const Rows k_raw = tokens(c->k, c->k_row, c->k_token, t->head * c->k_head, c->k_width, t->k0 + at, half);
+        const Rows v_raw = tokens(c->v, c->v_row, c->v_token, t->head * c->v_head, c->k_width, t->k0 + at, half);
+        transpose(kt, tidy(k, k_raw, n, c->d, half, pair), n, D / words);
+        pack(vp, v_raw, tidy(v, v_raw, n, c->dv_, half, pair), n, c->dv_, half, pair);
         for (int64_t i = 0; i < rows; i += TILE) {
             const int64_t m = MIN(TILE, rows - i), first = t->first + i;
             const int some = sees(c, t, first, first + m, at, group);
@@ -453,17 +475,16 @@ INLINE void backward(const Call *c, const Task *t, char *arena, const int half, 
         memset(o + rows * V * size, 0, (UP(rows, 2) - rows) * V * size);
         memset(dq, 0, rows * D * 4);
 #if PAIRS
-        if (pair) zip_rows(qp, (bf16 *)q, rows, D), zip_rows(op, (bf16 *)o, rows, V);
+        if (pair) zip_rows(qp, (Rows){q, 2 * D}, rows, D), zip_rows(op, (Rows){o, 2 * V}, rows, V);
 #endif
         for (int64_t at = seen(c, t, begin, group).from / TILE * TILE; at < stop; at += TILE) {
             const int64_t n = MIN(TILE, t->keys - at);
-            pack(k, c->k, c->k_row, c->k_token, c->k_width, t->k0 + at, t->head * c->k_head, n, c->d, half, pair);
-            pack(v, c->v, c->v_row, c->v_token, c->k_width, t->k0 + at, t->head * c->v_head, n, c->dv_, half, pair);
-            transpose(kt, (int32_t *)k, n, D / words);
-            transpose(vt, (int32_t *)v, n, V / words);
-#if PAIRS
-            if (pair) zip_rows(kp, (bf16 *)k, n, D);
-#endif
+            const Rows k_raw = tokens(c->k, c->k_row, c->k_token, t->head * c->k_head, c->k_width, t->k0 + at, half);
+            const Rows v_raw = tokens(c->v, c->v_row, c->v_token, t->head * c->v_head, c->k_width, t->k0 + at, half);
+            const Rows k_tidy = tidy(k, k_raw, n, c->d, half, pair);
+            transpose(kt, k_tidy, n, D / words);
+            transpose(vt, tidy(v, v_raw, n, c->dv_, half, pair), n, V / words);
+            pack(kp, k_raw, k_tidy, n, c->d, half, pair);
             for (int64_t i = 0; i < rows; i += TILE) {
                 const int64_t m = MIN(TILE, rows - i), first = begin + i, m_words = UP(m, words) / words;
                 const int some = sees(c, t, first, first + m, at, group);
