@@ -53,6 +53,7 @@ def train(
         settings = Settings(
             steps=6, accumulate=2, schedule=Constant(), parallel=parallel, optimizer=optimizer, dtype=dtype,
             evaluation=Evaluation(every=3), checkpoints=Checkpoints(every=2), peak_flops=1e12,
+            recompute="recompute" in ways,
         )  # fmt: skip
         model = tiny(seed=here.rank)  # the first process's weights count
         callbacks = [Stop()] if "stop" in ways else []
@@ -126,6 +127,13 @@ def test_goes_on_with_other_processes(
     assert (tmp_path / "cut" / "checkpoints" / "step-00000003" / "shards").is_dir() is sharded
     go(sizes[1], tmp_path / "cut", parallel, AdamW.Config(), "float32", "resume")
     check_equal(tmp_path / "cut", tmp_path / "one")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_with_recomputation(go: Callable[..., None], tmp_path: Path, parallel: str) -> None:
+    go(1, tmp_path / "one", parallel)
+    go(2, tmp_path / "two", parallel, AdamW.Config(), "float32", "recompute")
+    check_equal(tmp_path / "two", tmp_path / "one")
 
 
 def test_a_sharded_checkpoint_becomes_a_model_directory(go: Callable[..., None], tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ class Updater:
                 raise ValueError(f"{name} is float16, which training does not support; choose bfloat16 or float32")
             tensor: Tensor = p
             if p.dtype == torch.bfloat16:
-                tensor = p.detach().float().clone()
+                tensor = p.detach().float()
                 self.low.append(p)
                 self.masters[name] = tensor
             self.named.append(Named(name, tensor, role[name]))
