@@ -12,7 +12,7 @@ import typer
 
 def quickstart(
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/quickstart"),
-    steps: Annotated[int, typer.Option(min=4, help="Updates of 4,096 tokens.")] = 600,
+    steps: Annotated[int, typer.Option(min=4, help="Updates of 4,096 tokens.")] = 900,
     text: Annotated[list[str] | None, typer.Option(help="Text files instead of Python's own documentation.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
