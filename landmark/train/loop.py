@@ -184,12 +184,12 @@ class Run:
     def update(self) -> dict[str, Any]:
         """One update of the weights from `accumulate` micro-batches in every process. Its record for the log."""
         settings, here, began = self.settings, self.world, time.perf_counter()
-        micro = [self.next_batch().to(here.device) for _ in range(settings.accumulate)]
+        micro = [self.next_batch() for _ in range(settings.accumulate)]
         count, tokens = here.sum([sum(map(self.objective.count, micro)), sum(extent(b)[0] for b in micro)])
         totals, losses = Totals(), []
         for i, batch in enumerate(micro):
             with parallel.synchronised(self.forward, i == len(micro) - 1 or bool(self.updater.masters)):
-                loss = Loss(*self.forward(batch))
+                loss = Loss(*self.forward(batch.to(here.device)))
                 (loss.sum * (here.size / max(count, 1))).backward()
             self.updater.collect()
             totals.add(loss)
