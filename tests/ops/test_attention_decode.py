@@ -30,7 +30,7 @@ def cache(lengths: tuple[int, ...], kv_heads: int, d: int, dtype: torch.dtype) -
 @pytest.mark.parametrize(("d", "dv"), [(16, 16), (64, 128), (80, 48)])
 @torch.inference_mode()
 def test_equals_the_equations(dtype: torch.dtype, heads: int, kv_heads: int, d: int, dv: int) -> None:
-    for lengths in ((1,), (300, 300), (17, 1, 128, 129, 16)):
+    for lengths in ((1,), (300, 300), (17, 1, 128, 129, 16), (1024, 2500)):
         q = torch.randn(len(lengths), 1, heads, d, generator=torch.Generator().manual_seed(0)).to(dtype)
         k, k_bounds = cache(lengths, kv_heads, d, dtype)
         v, _ = cache(lengths, kv_heads, dv, dtype)
@@ -48,7 +48,7 @@ def test_equals_the_equations(dtype: torch.dtype, heads: int, kv_heads: int, d: 
 @torch.inference_mode()
 def test_threads_and_order_change_nothing() -> None:
     """A slot's result is the same to the bit whatever the others are."""
-    lengths = (700, 41, 512)
+    lengths = (2300, 41, 512)
     q = torch.randn(3, 1, 8, 64)
     k, k_bounds = cache(lengths, 2, 64, torch.float32)
     options = {"bounds": Bounds(3, 1), "scale": 0.125, "causal": True, "backend": "decode"}

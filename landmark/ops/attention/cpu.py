@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-from ctypes import c_float, c_int64, c_void_p
+from ctypes import c_char_p
 from functools import cache
 from pathlib import Path
+from struct import Struct
 from typing import Any
 
 import torch
@@ -22,21 +22,12 @@ ROWS = 256  # of a forward task, as flash.c's WIDE
 _PLAIN = (Tensor, Parameter)
 
 
-class _Call(ctypes.Structure):
-    """As flash.c's Call."""
-
-    _fields_ = [
-        *[(name, c_void_p) for name in ("q", "k", "v", "out", "lse", "grad", "dq", "dk", "dv", "tasks")],
-        *[(name, c_int64) for name in ("count", "heads", "kv_heads", "d", "d_v", "q_width", "k_width")],
-        *[(f"{name}_{axis}", c_int64) for name in "qkv" for axis in ("row", "token", "head")],
-        *[(name, c_int64) for name in ("causal", "window", "threads")],
-        *[(name, c_float) for name in ("scale", "cap")],
-    ]
+_pack = Struct("10P19q2f").pack  # flash.c's Call
 
 
 @cache
 def _kernel(name: str, dtype: torch.dtype) -> Any:
-    return SOURCE.function(f"{name}_{SUFFIX[dtype]}", ctypes.POINTER(_Call))
+    return SOURCE.function(f"{name}_{SUFFIX[dtype]}", c_char_p)
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, *, dropout: float, bias: Tensor | None) -> str | None:
@@ -103,25 +94,24 @@ def _plan(
 
 
 def _call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    name: str,
+    tensors: tuple[Tensor | None, ...],
     tasks: Tensor,
     scale: float,
     softcap: float,
     causal: bool,
     window: int,
-    **more: Tensor,
-) -> _Call:
+) -> None:
+    """Run a kernel on q, k, v, out, lse, grad, dq, dk, dv."""
+    q, k, v, *_ = tensors
+    assert q is not None and k is not None and v is not None
     (_, q_width, heads, d), (_, k_width, kv_heads, d_v) = q.shape, v.shape
-    return _Call(
-        q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), tasks=tasks.data_ptr(), count=tasks.shape[0], heads=heads,
-        kv_heads=kv_heads, d=d, d_v=d_v, q_width=q_width, k_width=k_width,
-        **{f"{n}_{axis}": s for n, x in zip("qkv", (q, k, v), strict=True)
-           for axis, s in zip(("row", "token", "head"), x.stride()[:3], strict=True)},
-        causal=causal, window=window, threads=torch.get_num_threads(), scale=scale, cap=softcap,
-        **{name: x.data_ptr() for name, x in more.items()},
+    call = _pack(
+        *[0 if x is None else x.data_ptr() for x in tensors], tasks.data_ptr(), tasks.shape[0], heads, kv_heads, d, d_v,
+        q_width, k_width, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], causal, window, torch.get_num_threads(),
+        scale, softcap,
     )  # fmt: skip
+    _kernel(name, q.dtype)(call)
 
 
 def _unit(*tensors: Tensor) -> list[Tensor]:
@@ -136,8 +126,7 @@ def _forward(
     shape = (*q.shape[:3], v.shape[3])
     out = torch.empty(shape, dtype=q.dtype) if covered else torch.zeros(shape, dtype=q.dtype)
     lse = torch.empty(shape[:3], dtype=torch.float32)
-    call = _call(q, k, v, blocks, scale, softcap, causal, window, out=out, lse=lse)
-    _kernel("forward", q.dtype)(call)
+    _call("forward", (q, k, v, out, lse, None, None, None, None), blocks, scale, softcap, causal, window)
     return out, lse
 
 
@@ -148,10 +137,9 @@ def _backward(
     q, k, v = _unit(q, k, v)
     grad, out = grad.contiguous(), out.contiguous()
     new = torch.empty if covered else torch.zeros
-    grads = {name: new(x.shape, dtype=x.dtype) for name, x in (("dq", q), ("dk", k), ("dv", v))}
-    call = _call(q, k, v, sequences, scale, softcap, causal, window, out=out, lse=lse, grad=grad, **grads)
-    _kernel("backward", q.dtype)(call)
-    return grads["dq"], grads["dk"], grads["dv"]
+    dq, dk, dv = (new(x.shape, dtype=x.dtype) for x in (q, k, v))
+    _call("backward", (q, k, v, out, lse, grad, dq, dk, dv), sequences, scale, softcap, causal, window)
+    return dq, dk, dv
 
 
 _library = torch.library.Library("landmark", "FRAGMENT")

@@ -1,10 +1,27 @@
 // Attention of one query a sequence over its cached keys and values, in one pass over both (online softmax, Milakov and
-// Gimelshein 2018). Query heads that share a key head share what is read of it.
+// Gimelshein 2018). Query heads that share a key head share what is read of it; long caches are cut into parts of fixed
+// length, attended apart and merged in order (Flash-Decoding, Dao et al. 2023), so that threads change no bit.
 #include <stdlib.h>
 #include "vector.h"
 
-#define BLOCK 128  // keys whose scores are held at once
-#define UNROLL 4   // vectors of the output in registers
+#define BLOCK 128 // keys whose scores are held at once
+#define PART 1024 // keys of a part
+#define UNROLL 4  // vectors of the output in registers
+#ifdef __AVX512BF16__
+#define PAIRS 1 // products of bfloat16 take two terms at once, where heads are a multiple of 32
+#else
+#define PAIRS 0
+#endif
+
+typedef struct {
+    const char *q, *k, *v; // q [slots, heads, d] and out [slots, heads, dv] contiguous
+    void *out;
+    const int64_t *first, *counts; // slot i sees keys first[i] .. first[i] + counts[i]
+    int64_t slots, heads, kv_heads, d, dv, longest;
+    int64_t k_slot, k_token, k_head, v_slot, v_token, v_head; // strides in elements
+    int64_t threads;
+    float scale, cap; // cap 0: none
+} Call;
 
 // The sums of W vectors, as one vector.
 INLINE vf sums(vf *x) {
@@ -25,22 +42,41 @@ INLINE vf sums(vf *x) {
 #endif
 }
 
+// acc + a b, or with 2 W bfloat16 in each of a and b: plus the products of neighbours, added together.
+INLINE vf madd(vf acc, vf a, vf b, const int pair) {
+#if PAIRS
+    if (pair) return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#endif
+    return acc + a * b;
+}
+
+INLINE vf whole(const char *p) {
+    vf x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
 // s[g][t] = q[g] . k[t] for G queries and n keys of d values, W / G keys at a time.
-INLINE void scores(const float *q, const char *k, int64_t step, int64_t n, int64_t d, float *s, const int G, const int half) {
+INLINE void scores(const char *q, const char *k, int64_t step, int64_t n, int64_t d, float scale, float *s, const int G,
+                   const int half, const int pair) {
     const int T = W / G;
+    const int64_t size = half ? 2 : 4, stride = pair ? 2 * W : W;
     for (int64_t t = 0; t < n; t += T) {
         const int64_t last = n - 1 - t;
         vf acc[W];
         for (int i = 0; i < W; i++) acc[i] = splat(0);
-        for (int64_t j = 0; j < d; j += W) {
+        for (int64_t j = 0; j < d; j += stride) {
             vf keys[W];
-            for (int i = 0; i < T; i++) keys[i] = load(k + (t + MIN(i, last)) * step, j, half);
+            for (int i = 0; i < T; i++) {
+                const char *at = k + (t + MIN(i, last)) * step;
+                keys[i] = pair ? whole(at + j * size) : load(at, j, half);
+            }
             for (int g = 0; g < G; g++) {
-                const vf query = load(q, g * d + j, 0);
-                for (int i = 0; i < T; i++) acc[g * T + i] += query * keys[i];
+                const vf query = pair ? whole(q + (g * d + j) * size) : load(q, g * d + j, half);
+                for (int i = 0; i < T; i++) acc[g * T + i] = madd(acc[g * T + i], query, keys[i], pair);
             }
         }
-        const vf y = sums(acc);
+        const vf y = scale * sums(acc);
         float out[W];
         store(out, 0, y, 0);
         for (int g = 0; g < G; g++) memcpy(s + g * (BLOCK + W) + t, out + g * T, T * sizeof *out);
@@ -63,73 +99,149 @@ INLINE void mix(const float *p, const char *v, int64_t step, int64_t n, const fl
         for (int j = 0; j < N; j++) store(out, g * dv + j * W, acc[g * N + j], 0);
 }
 
-// G queries [G, d], scaled, over n keys and values; acc [G, dv] is the answer times total[g].
-INLINE void attend(const float *q, const char *k, const char *v, int64_t kstep, int64_t vstep, int64_t n, int64_t d, int64_t dv,
-                   float cap, float *acc, float *total, const int G, const int half) {
-    float s[4 * (BLOCK + W)], top[4], keep[4];
-    for (int g = 0; g < G; g++) top[g] = -INFINITY, total[g] = 0;
-    memset(acc, 0, G * dv * sizeof *acc);
-    for (int64_t first = 0; first < n; first += BLOCK, k += BLOCK * kstep, v += BLOCK * vstep) {
-        const int64_t count = MIN(BLOCK, n - first);
-        scores(q, k, kstep, count, d, s, G, half);
+#if PAIRS
+// The same for N vectors of 2 W values, two keys at a time; columns come out in the order of `unzip`.
+INLINE void mix_pairs(const float *p, const char *v, int64_t step, int64_t n, const float *keep, float *out, int64_t dv,
+                      const int G, const int N) {
+    vf acc[4 * UNROLL];
+    bf16 weights[4][BLOCK + W];
+    for (int g = 0; g < G; g++) {
+        for (int j = 0; j < 2 * N; j++) acc[g * 2 * N + j] = keep[g] * load(out, g * dv + j * W, 0);
+        for (int64_t t = 0; t < n; t += W) store(weights[g], t, load(p, g * (BLOCK + W) + t, 0), 1);
+    }
+    for (int64_t t = 0; t < n; t += 2, v += 2 * step) {
+        vf value[UNROLL];
+        for (int j = 0; j < N; j++) {
+            const __m512i a = _mm512_loadu_si512(v + 64 * j);
+            const __m512i b = t + 1 < n ? _mm512_loadu_si512(v + step + 64 * j) : _mm512_setzero_si512();
+            value[2 * j] = (vf)_mm512_unpacklo_epi16(a, b), value[2 * j + 1] = (vf)_mm512_unpackhi_epi16(a, b);
+        }
         for (int g = 0; g < G; g++) {
-            float *mine = s + g * (BLOCK + W);
-            vf most = splat(top[g]), all = splat(0);
-            for (int64_t t = count; t % W; t++) mine[t] = -INFINITY;
-            for (int64_t t = 0; t < count; t += W) {
-                vf x = load(mine, t, 0);
-                if (cap > 0) {
-                    x = select_(x == -INFINITY, x, cap * vtanh(x * (1 / cap)));
-                    store(mine, t, x, 0);
-                }
-                most = vmax(most, x);
-            }
-            const float peak = largest(most);
-            for (int64_t t = 0; t < count; t += W) {
-                const vf x = vexp(load(mine, t, 0) - peak);
-                all += x;
+            int32_t two;
+            memcpy(&two, weights[g] + t, sizeof two);
+            for (int j = 0; j < 2 * N; j++)
+                acc[g * 2 * N + j] = madd(acc[g * 2 * N + j], (vf)_mm512_set1_epi32(two), value[j], 1);
+        }
+    }
+    for (int g = 0; g < G; g++)
+        for (int j = 0; j < 2 * N; j++) store(out, g * dv + j * W, acc[g * 2 * N + j], 0);
+}
+
+INLINE void unzip(float *x, int64_t n) {
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    for (int64_t j = 0; j < n; j += 2 * W) {
+        const __m512 a = _mm512_loadu_ps(x + j), b = _mm512_loadu_ps(x + j + W);
+        _mm512_storeu_ps(x + j, _mm512_permutex2var_ps(a, low, b));
+        _mm512_storeu_ps(x + j + W, _mm512_permutex2var_ps(a, high, b));
+    }
+}
+#endif
+
+// G queries take n more keys and values: acc [G, dv] is the answer times total[g], of scores below top[g].
+INLINE void attend(const Call *c, const char *q, const char *k, const char *v, int64_t n, float *acc, float *top, float *total,
+                   const int G, const int half, const int pair) {
+    const int64_t size = half ? 2 : 4, k_step = c->k_token * size, v_step = c->v_token * size, dv = c->dv;
+    float s[4 * (BLOCK + W)], keep[4];
+    scores(q, k, k_step, n, c->d, c->scale, s, G, half, pair);
+    for (int g = 0; g < G; g++) {
+        float *mine = s + g * (BLOCK + W);
+        vf most = splat(top[g]), all = splat(0);
+        for (int64_t t = n; t % W; t++) mine[t] = -INFINITY;
+        for (int64_t t = 0; t < n; t += W) {
+            vf x = load(mine, t, 0);
+            if (c->cap > 0) {
+                x = select_(x == -INFINITY, x, c->cap * vtanh(x * (1 / c->cap)));
                 store(mine, t, x, 0);
             }
-            keep[g] = expf(top[g] - peak);
-            total[g] = total[g] * keep[g] + sum(all), top[g] = peak;
+            most = vmax(most, x);
         }
-        int64_t j = 0;
-        for (; j + UNROLL * W <= dv; j += UNROLL * W)
-            mix(s, v + j * (half ? 2 : 4), vstep, count, keep, acc + j, dv, G, UNROLL, half);
-        for (; j < dv; j += W) mix(s, v + j * (half ? 2 : 4), vstep, count, keep, acc + j, dv, G, 1, half);
+        const float peak = largest(most);
+        for (int64_t t = 0; t < n; t += W) {
+            const vf x = vexp(load(mine, t, 0) - peak);
+            all += x;
+            store(mine, t, x, 0);
+        }
+        keep[g] = expf(top[g] - peak);
+        total[g] = total[g] * keep[g] + sum(all), top[g] = peak;
+    }
+    int64_t j = 0;
+#if PAIRS
+    if (pair) {
+        for (; j + UNROLL * W <= dv; j += UNROLL * W) mix_pairs(s, v + j * 2, v_step, n, keep, acc + j, dv, G, UNROLL / 2);
+        for (; j < dv; j += 2 * W) mix_pairs(s, v + j * 2, v_step, n, keep, acc + j, dv, G, 1);
+        return;
+    }
+#endif
+    for (; j + UNROLL * W <= dv; j += UNROLL * W) mix(s, v + j * size, v_step, n, keep, acc + j, dv, G, UNROLL, half);
+    for (; j < dv; j += W) mix(s, v + j * size, v_step, n, keep, acc + j, dv, G, 1, half);
+}
+
+// All queries of a key head over one part of its keys: acc [group, dv], top [group], total [group].
+INLINE void part(const Call *c, int64_t slot, int64_t head, int64_t from, int64_t end, float *acc, const int half, const int pair) {
+    const int64_t group = c->heads / c->kv_heads, size = half ? 2 : 4, d = c->d, dv = c->dv;
+    float *top = acc + group * dv, *total = top + group;
+    memset(acc, 0, group * dv * sizeof *acc);
+    for (int64_t g = 0; g < group; g++) top[g] = -INFINITY, total[g] = 0;
+    for (int64_t t = from; t < end; t += BLOCK) {
+        const int64_t n = MIN(BLOCK, end - t), at = c->first[slot] + t;
+        const char *q = c->q + (slot * c->heads + head * group) * d * size;
+        const char *k = c->k + (slot * c->k_slot + at * c->k_token + head * c->k_head) * size;
+        const char *v = c->v + (slot * c->v_slot + at * c->v_token + head * c->v_head) * size;
+        int64_t g = 0;
+        for (; g + 4 <= group; g += 4) attend(c, q + g * d * size, k, v, n, acc + g * dv, top + g, total + g, 4, half, pair);
+        for (; g + 2 <= group; g += 2) attend(c, q + g * d * size, k, v, n, acc + g * dv, top + g, total + g, 2, half, pair);
+        if (g < group) attend(c, q + g * d * size, k, v, n, acc + g * dv, top + g, total + g, 1, half, pair);
     }
 }
 
-// q [slots, heads, d] and out [slots, heads, dv] contiguous; k and v by strides in elements, their last axis contiguous;
-// slot i sees keys first[i] .. first[i] + counts[i].
-#define EXPORT(NAME, HALF)                                                                                             \
-    void NAME(const void *q, const char *k, const char *v, void *out, const int64_t *first, const int64_t *counts,     \
-              int64_t slots, int64_t heads, int64_t kv_heads, int64_t d, int64_t dv, int64_t k_slot, int64_t k_token,  \
-              int64_t k_head, int64_t v_slot, int64_t v_token, int64_t v_head, float scale, float cap, int threads) {  \
-        const int64_t group = heads / kv_heads, tasks = slots * kv_heads, size = HALF ? 2 : 4;                         \
-        _Pragma("omp parallel num_threads(threads) if (threads > 1)") {                                                \
-            float *query = malloc(group * (d + dv) * sizeof *query + 4 * sizeof *query);                               \
-            float *acc = query + group * d, *total = acc + group * dv;                                                 \
-            _Pragma("omp for schedule(static)")                                                                        \
-            for (int64_t task = 0; task < tasks; task++) {                                                             \
-                const int64_t slot = task / kv_heads, shared = task % kv_heads, at = slot * heads + shared * group;    \
-                const char *keys = k + (slot * k_slot + first[slot] * k_token + shared * k_head) * size;               \
-                const char *values = v + (slot * v_slot + first[slot] * v_token + shared * v_head) * size;             \
-                for (int64_t i = 0; i < group * d; i++) query[i] = scale * get(q, at * d + i, HALF);                   \
-                for (int64_t g = 0, n; g < group; g += n) {                                                            \
-                    n = group - g >= 4 ? 4 : 1;                                                                        \
-                    if (n == 4)                                                                                        \
-                        attend(query + g * d, keys, values, k_token * size, v_token * size, counts[slot], d, dv, cap,  \
-                               acc, total, 4, HALF);                                                                   \
-                    else                                                                                               \
-                        attend(query + g * d, keys, values, k_token * size, v_token * size, counts[slot], d, dv, cap,  \
-                               acc, total, 1, HALF);                                                                   \
-                    for (int64_t i = 0; i < n * dv; i++) put(out, (at + g) * dv + i, acc[i] / total[i / dv], HALF);    \
-                }                                                                                                      \
-            }                                                                                                          \
-            free(query);                                                                                               \
-        }                                                                                                              \
+// Parts [count, group, dv + 2] of one key head -> the answers.
+INLINE void merge(const Call *c, int64_t slot, int64_t head, float *parts, int64_t count, const int half, const int pair) {
+    const int64_t group = c->heads / c->kv_heads, dv = c->dv, size = group * (dv + 2);
+    for (int64_t g = 0; g < group; g++) {
+        float *acc = parts + g * dv, *top = parts + group * dv + g, *total = top + group, peak = -INFINITY, all = 0;
+        if (!count) memset(acc, 0, dv * sizeof *acc);
+        for (int64_t i = 0; i < count; i++) peak = MAX(peak, top[i * size]);
+        for (int64_t i = 0; i < count; i++) {
+            const float keep = expf(top[i * size] - peak);
+            all += keep * total[i * size];
+            for (int64_t j = 0; j < dv; j += W)
+                store(acc, j, keep * load(acc, i * size + j, 0) + (i ? load(acc, j, 0) : splat(0)), 0);
+        }
+#if PAIRS
+        if (pair) unzip(acc, dv);
+#endif
+        const float inverse = count ? 1 / all : 0;
+        const int64_t to = (slot * c->heads + head * group + g) * dv;
+        for (int64_t j = 0; j < dv; j += W) store(c->out, to + j, inverse * load(acc, j, 0), half);
     }
+}
 
-EXPORT(decode_f32, 0)
-EXPORT(decode_bf16, 1)
+INLINE void decode(const Call *c, const int half, const int pair) {
+    const int64_t group = c->heads / c->kv_heads, cuts = MAX(1, (c->longest + PART - 1) / PART), size = group * (c->dv + 2);
+    const int64_t tasks = c->slots * c->kv_heads;
+    float *parts = malloc(tasks * cuts * size * sizeof *parts);
+#pragma omp parallel num_threads(c->threads) if (c->threads > 1)
+    {
+#pragma omp for schedule(static, 1)
+        for (int64_t i = 0; i < tasks * cuts; i++) {
+            const int64_t slot = i / cuts / c->kv_heads, from = i % cuts * PART, end = MIN(from + PART, c->counts[slot]);
+            if (from < end) part(c, slot, i / cuts % c->kv_heads, from, end, parts + i * size, half, pair);
+        }
+#pragma omp for schedule(static, 1)
+        for (int64_t i = 0; i < tasks; i++) {
+            const int64_t slot = i / c->kv_heads;
+            merge(c, slot, i % c->kv_heads, parts + i * cuts * size, (c->counts[slot] + PART - 1) / PART, half, pair);
+        }
+    }
+    free(parts);
+}
+
+void decode_f32(const Call *c) { decode(c, 0, 0); }
+
+void decode_bf16(const Call *c) {
+    if (PAIRS && c->d % 32 == 0 && c->dv % 32 == 0)
+        decode(c, 1, PAIRS);
+    else
+        decode(c, 1, 0);
+}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from ctypes import c_float, c_int, c_int64, c_void_p
+from ctypes import c_char_p
 from functools import cache
 from pathlib import Path
+from struct import Struct
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +16,13 @@ from ..native import Source
 
 SOURCE = Source(Path(__file__).with_name("decode.c"))
 KERNELS = {torch.float32: "decode_f32", torch.bfloat16: "decode_bf16"}
-_ARGS = (*[c_void_p] * 6, *[c_int64] * 11, *[c_float] * 2, c_int)
 SMALL = 1 << 15  # multiplications below which a second thread costs more than it does
+_pack = Struct("6P13q2f").pack  # decode.c's Call
 
 
 @cache
-def _kernel(dtype: torch.dtype):  # type: ignore[no-untyped-def]  # ctypes names no type for its functions
-    return SOURCE.function(KERNELS[dtype], *_ARGS)
+def _kernel(dtype: torch.dtype) -> Any:
+    return SOURCE.function(KERNELS[dtype], c_char_p)
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, k_bounds: Bounds) -> str | None:
@@ -44,23 +46,20 @@ def decode(
     """softmax(q k^T * scale) v -> [B, 1, heads, d_v], for arguments that `why_not` accepts."""
     slots, _, heads, d = q.shape
     kv_heads, dv = v.shape[2:]
-    first, counts = k_bounds.memo(("decode", window), lambda: _seen(k_bounds, window))
+    first, counts, longest, _ = k_bounds.memo(("decode", window), lambda: _seen(k_bounds, window))
     q, out = q.contiguous(), q.new_empty(slots, 1, heads, dv)
-    threads = torch.get_num_threads() if slots * heads * k_bounds.longest * d > SMALL else 1
-    k_slot, k_token, k_head, _ = k.stride()
-    v_slot, v_token, v_head, _ = v.stride()
-    _kernel(q.dtype)(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), first.data_ptr(), counts.data_ptr(), slots, heads,
-        kv_heads, d, dv, k_slot, k_token, k_head, v_slot, v_token, v_head, scale, softcap or 0.0, threads,
+    threads = torch.get_num_threads() if slots * heads * longest * d > SMALL else 1
+    call = _pack(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), first, counts, slots, heads, kv_heads, d, dv,
+        longest, *k.stride()[:3], *v.stride()[:3], threads, scale, softcap or 0.0,
     )  # fmt: skip
+    _kernel(q.dtype)(call)
     return out
 
 
-def _seen(k_bounds: Bounds, window: int | None) -> tuple[Tensor, Tensor]:
-    """Where in its row each query's keys begin, and how many there are."""
-    first, counts = [], []
-    for start, length in k_bounds.sequences:
-        count = length if window is None else min(window, length)
-        first.append(start % k_bounds.width + length - count)
-        counts.append(count)
-    return torch.tensor(first), torch.tensor(counts)
+def _seen(k_bounds: Bounds, window: int | None) -> tuple[int, int, int, Tensor]:
+    """Addresses of where in its row each query's keys begin and of how many there are; the most; what holds both."""
+    counts = [length if window is None else min(window, length) for _, length in k_bounds.sequences]
+    starts = [start % k_bounds.width + n - m for (start, n), m in zip(k_bounds.sequences, counts, strict=True)]
+    seen = torch.tensor([starts, counts])
+    return seen[0].data_ptr(), seen[1].data_ptr(), max(counts), seen

@@ -24,14 +24,14 @@
 typedef struct {
     const void *q, *k, *v;
     void *out;
-    float *lse; // [tokens, heads], of base 2
-    const void *grad; // as `out`, and its gradients as contiguous
+    float *lse;       // [tokens, heads], of base 2
+    const void *grad; // as `out` and the gradients: contiguous
     void *dq, *dk, *dv;
     const int64_t *tasks; // [count, 6]: first query and queries, first key and keys, first row and end
     int64_t count, heads, kv_heads, d, dv_, q_width, k_width;
     int64_t q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head; // strides in elements
-    int64_t causal, window, threads; // window 0: none
-    float scale, cap; // cap 0: none
+    int64_t causal, window, threads;                                                // window 0: none
+    float scale, cap;                                                               // cap 0: none
 } Call;
 
 typedef struct {
@@ -39,22 +39,6 @@ typedef struct {
 } Task;
 
 // -- Vectors
-
-INLINE vf top(vf a, vf b) {
-#ifdef __AVX512F__
-    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
-#else
-    return vmax(a, b);
-#endif
-}
-
-INLINE float peak(vf x) {
-#ifdef __AVX512F__
-    return _mm512_reduce_max_ps((__m512)x);
-#else
-    return largest(x);
-#endif
-}
 
 // 2^x to about 1 ulp; 0 below -126; NaN stays NaN.
 INLINE vf exp2_(vf x) {
@@ -323,20 +307,20 @@ INLINE void soften(const Call *c, const Task *t, float *s, void *p, int64_t firs
         vf high = splat(-INFINITY), x[TILE / W];
         for (int j = 0; j < TILE / W; j++) x[j] = load(s, i * TILE + j * W, 0);
         if (raw)
-            for (int j = 0; j < TILE / W; j++) high = top(high, x[j] * unit);
+            for (int j = 0; j < TILE / W; j++) high = vmax(high, x[j] * unit);
         else {
             const Span span = seen(c, t, first + i, group);
             for (int j = 0; j < TILE / W; j++) {
                 x[j] = c->cap > 0 ? capped * vtanh(x[j] * inverse) : x[j] * unit;
                 x[j] = visible_(x[j], lanes(at + j * W), span, -INFINITY);
                 store(s, i * TILE + j * W, x[j], 0);
-                high = top(high, x[j]);
+                high = vmax(high, x[j]);
             }
         }
-        base[i] = peak(high);
+        base[i] = largest(high);
     }
     for (int64_t i = 0; i < rows; i += W) {
-        const vf old = load(most, i, 0), now = top(load(base, i, 0), old), low = select_(now == -INFINITY, splat(0), now);
+        const vf old = load(most, i, 0), now = vmax(load(base, i, 0), old), low = select_(now == -INFINITY, splat(0), now);
         store(keep, i, exp2_(old - low), 0);
         store(most, i, now, 0);
         store(base, i, low, 0);

@@ -24,7 +24,13 @@ typedef uint16_t bf16;
 
 INLINE vf splat(float x) { return x - (vf){}; }
 INLINE vf select_(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
-INLINE vf vmax(vf a, vf b) { return select_(a > b, a, b); }
+INLINE vf vmax(vf a, vf b) {
+#ifdef __AVX512F__
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return select_(a > b, a, b);
+#endif
+}
 INLINE vf vmin(vf a, vf b) { return select_(a < b, a, b); }
 
 INLINE float widen(bf16 x) {
@@ -112,9 +118,13 @@ INLINE float sum(vf x) {
 }
 
 INLINE float largest(vf x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)x);
+#else
     float m = x[0];
     for (int j = 1; j < W; j++) m = MAX(m, x[j]);
     return m;
+#endif
 }
 
 // exp to about 1 ulp: 2^n e^r with |r| <= ln(2)/2; 0 below -87.3, e^88.7 above 88.7; NaN stays NaN.
