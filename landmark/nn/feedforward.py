@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..config import ModuleConfig
 from ..ctx import Ctx
 from ..ops.activation import Activation, activation
-from ..ops.fused import glu
+from ..ops.fused import activate, glu
 from .linear import Linear
 
 
@@ -26,11 +26,12 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: Config, dim: int) -> None:
         super().__init__()
-        self.act = activation(cfg.act)
+        activation(cfg.act)
+        self.act = cfg.act
         self.up, self.down = Linear(dim, cfg.hidden, cfg.bias), Linear(cfg.hidden, dim, cfg.bias)
 
     def forward(self, x: Tensor, ctx: Ctx | None = None, state: Any = None) -> Tensor:
-        out: Tensor = self.down(self.act(self.up(x)))
+        out: Tensor = self.down(activate(self.up(x), self.act))
         return out
 
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from landmark.ops import fused
 from landmark.ops.activation import ACTIVATIONS, activation
-from landmark.ops.fused import cpu, glu, rms_norm, rotary
+from landmark.ops.fused import activate, cpu, glu, rms_norm, rotary
 
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # error over the largest element: one rounding
 needs_cpu = pytest.mark.skipif(
@@ -63,6 +63,8 @@ def test_glu(act: str, dtype: torch.dtype) -> None:
     for n in (1, 3, 16, 77):
         check(lambda g, u, backend: glu(g, u, act, backend=backend), [(5, 7, n)] * 2, dtype)
         check(lambda x, backend, n=n: glu(*x.split(n, -1), act, backend=backend), [(5, 7, 2 * n)], dtype)
+        check(lambda x, backend: activate(x, act, backend=backend), [(5, 7, n)], dtype)
+    check(lambda x, backend: activate(x.mT, act, backend=backend), [(2, 7, 5)], dtype)
     check(lambda g, u, backend: glu(g.mT, u, act, backend=backend), [(2, 7, 5), (2, 5, 7)], dtype)
 
 
@@ -83,8 +85,8 @@ def test_activation_far_out(act: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotary(interleaved: bool, dtype: torch.dtype) -> None:
-    for width, turned, rows, transposed in itertools.product((16, 63, 96), (2, 14, 16), (1, 3), (False, True)):
-        angles = torch.randn(rows, 9, turned // 2)
+    for width, turned, rows, transposed in itertools.product((16, 63, 200), (2, 14, 16, 200), (1, 3), (False, True)):
+        angles = torch.randn(rows, 9, min(turned, width) // 2)
 
         def op(x: Tensor, backend: str, a: Tensor = angles, transposed: bool = transposed) -> Tensor:
             x = x.transpose(1, 2) if transposed else x

@@ -57,6 +57,12 @@ def glu(gate: Tensor, up: Tensor, act: str, *, backend: Backend | None = None) -
     return reference.glu(gate, up, act)
 
 
+def activate(x: Tensor, act: str, *, backend: Backend | None = None) -> Tensor:
+    """act(x), for any name in landmark.ops.activation."""
+    check_activation(act)
+    return cpu.glu(x, None, act) if _picks_cpu(backend, x) else reference.glu(x, None, act)
+
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, backend: Backend | None = None) -> Tensor:
     """Rotary position embedding (Su et al., 2021): rotates pairs of the leading R dimensions of each head.
 
@@ -91,4 +97,4 @@ def _picks_cpu(backend: Backend | None, x: Tensor, *others: Tensor | None) -> bo
     return backend == "cpu"
 
 
-__all__ = ["Backend", "glu", "reference", "rms_norm", "rotary", "why_not"]
+__all__ = ["Backend", "activate", "glu", "reference", "rms_norm", "rotary", "why_not"]

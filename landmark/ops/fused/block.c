@@ -106,14 +106,14 @@ INLINE vf act(vf x, vf *slope, const int kind) {
     }
 }
 
-// gate, up [rows, n] with row strides -> y = act(gate) up, contiguous.
+// gate, up [rows, n] with row strides -> y = act(gate) up, contiguous; y = act(gate) where up is null.
 INLINE void glu(const void *gate, const void *up, void *y, int64_t rows, int64_t n, int64_t gate_ld, int64_t up_ld, int threads,
                 const int half, const int kind) {
     PARALLEL()
     for (int64_t r = 0; r < rows; r++)
         for (int64_t i = 0; i < n; i += W) {
-            vf slope;
-            give(AT(y, r * n), i, n, act(take(AT(gate, r * gate_ld), i, n, half), &slope, kind) * take(AT(up, r * up_ld), i, n, half), half);
+            vf slope, a = act(take(AT(gate, r * gate_ld), i, n, half), &slope, kind);
+            give(AT(y, r * n), i, n, up ? a * take(AT(up, r * up_ld), i, n, half) : a, half);
         }
 }
 
@@ -123,9 +123,28 @@ INLINE void glu_backward(const void *gate, const void *up, const void *g, void *
     for (int64_t r = 0; r < rows; r++)
         for (int64_t i = 0; i < n; i += W) {
             vf slope, a = act(take(AT(gate, r * gate_ld), i, n, half), &slope, kind), d = take(AT(g, r * n), i, n, half);
-            give(AT(grad_gate, r * n), i, n, d * take(AT(up, r * up_ld), i, n, half) * slope, half);
-            give(AT(grad_up, r * n), i, n, d * a, half);
+            give(AT(grad_gate, r * n), i, n, (up ? d * take(AT(up, r * up_ld), i, n, half) : d) * slope, half);
+            if (up) give(AT(grad_up, r * n), i, n, d * a, half);
         }
+}
+
+// The pairs (i, i + R) of one head, turned by the angles of cosines c and sines s.
+INLINE void turn_halves(const void *from, void *to, const float *c, const float *s, int64_t R, float sign, const int half) {
+    for (int64_t i = 0; i < R; i += W) {
+        const vf a = take(from, i, R, half), b = take(AT(from, R), i, R, half), k = take(c, i, R, 0), t = sign * take(s, i, R, 0);
+        give(to, i, R, a * k - b * t, half);
+        give(AT(to, R), i, R, b * k + a * t, half);
+    }
+}
+
+// The pairs (2i, 2i + 1) of one head: each lane times its cosine, plus its neighbour times its signed sine.
+INLINE void turn_neighbours(const void *from, void *to, const float *k, const float *t, int64_t n, const int half) {
+    for (int64_t i = 0; i < n; i += W) {
+        const vf a = take(from, i, n, half);
+        typedef uint64_t pairs __attribute__((vector_size(4 * W)));
+        const vf b = (vf)((pairs)a << 32 | (pairs)a >> 32);
+        give(to, i, n, a * take(k, i, n, 0) + b * take(t, i, n, 0), half);
+    }
 }
 
 // x [B, T, H, D] with strides; cos, sin [B or 1, T, R] float32; y contiguous. `sign` is -1 for the inverse rotation.
@@ -135,24 +154,21 @@ INLINE void rotary(const void *x, const float *cos, const float *sin, void *y, i
     PARALLEL()
     for (int64_t bt = 0; bt < B * T; bt++) {
         const float *c = cos + bt / T * cb + bt % T * R, *s = sin + bt / T * cb + bt % T * R;
-        for (int64_t h = 0; h < H; h++) {
-            const void *from = AT(x, bt / T * xb + bt % T * xt + h * xh);
-            void *to = AT(y, (bt * H + h) * D);
-            if (interleaved)
-                for (int64_t i = 0; i < R; i++) {
-                    const float a = get(from, 2 * i, half), b = get(from, 2 * i + 1, half), t = sign * s[i];
-                    put(to, 2 * i, a * c[i] - b * t, half);
-                    put(to, 2 * i + 1, b * c[i] + a * t, half);
+        const char *from = AT(x, bt / T * xb + bt % T * xt);
+        char *to = AT(y, bt * H * D);
+        for (int64_t h = 0; h < H; h++) memcpy(AT(to, h * D + 2 * R), AT(from, h * xh + 2 * R), (D - 2 * R) * (half ? 2 : 4));
+        if (!interleaved)
+            for (int64_t h = 0; h < H; h++) turn_halves(AT(from, h * xh), AT(to, h * D), c, s, R, sign, half);
+        else
+            for (int64_t i = 0; i < R; i += 64) {
+                const int64_t n = MIN(64, R - i);
+                float k[128], t[128];
+                for (int64_t j = 0; j < n; j++) {
+                    k[2 * j] = k[2 * j + 1] = c[i + j];
+                    t[2 * j] = -sign * s[i + j], t[2 * j + 1] = sign * s[i + j];
                 }
-            else
-                for (int64_t i = 0; i < R; i += W) {
-                    const vf a = take(from, i, R, half), b = take(AT(from, R), i, R, half);
-                    const vf k = take(c, i, R, 0), t = sign * take(s, i, R, 0);
-                    give(to, i, R, a * k - b * t, half);
-                    give(AT(to, R), i, R, b * k + a * t, half);
-                }
-            memcpy(AT(to, 2 * R), AT(from, 2 * R), (D - 2 * R) * (half ? 2 : 4));
-        }
+                for (int64_t h = 0; h < H; h++) turn_neighbours(AT(from, h * xh + 2 * i), AT(to, h * D + 2 * i), k, t, 2 * n, half);
+            }
     }
 }
 

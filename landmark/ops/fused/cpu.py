@@ -158,47 +158,48 @@ def _rms_norm_vjp(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | No
 torch.library.register_autograd("landmark::rms_norm", _rms_norm_vjp, setup_context=_rms_norm_setup, lib=_library)
 
 
-# Gated linear units
+# Activations, alone (`up` is None) or gating
 
 
-def _glu(gate: Tensor, up: Tensor, act: str) -> Tensor:
+def _glu(gate: Tensor, up: Tensor | None, act: str) -> Tensor:
     y = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    (gate, gate_ld), (up, up_ld) = _rows(gate), _rows(up)
+    (gate, gate_ld), (up, up_ld) = _rows(gate), (None, 0) if up is None else _rows(up)
     n = y.shape[-1]
     _kernel("glu", y.dtype)(
-        gate.data_ptr(), up.data_ptr(), y.data_ptr(), y.numel() // n, n, gate_ld, up_ld, KINDS[act], _threads(y)
-    )
+        gate.data_ptr(), None if up is None else up.data_ptr(), y.data_ptr(), y.numel() // n, n, gate_ld, up_ld,
+        KINDS[act], _threads(y),
+    )  # fmt: skip
     return y
 
 
-def _glu_backward(grad: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
+def _glu_backward(grad: Tensor, gate: Tensor, up: Tensor | None, act: str) -> tuple[Tensor, Tensor]:
     grad = grad.contiguous()
-    grad_gate, grad_up = torch.empty_like(grad), torch.empty_like(grad)
-    (gate, gate_ld), (up, up_ld) = _rows(gate), _rows(up)
+    grad_gate, grad_up = torch.empty_like(grad), torch.empty_like(grad) if up is not None else grad.new_empty(0)
+    (gate, gate_ld), (up, up_ld) = _rows(gate), (None, 0) if up is None else _rows(up)
     n = grad.shape[-1]
     _kernel("glu_backward", grad.dtype)(
-        gate.data_ptr(), up.data_ptr(), grad.data_ptr(), grad_gate.data_ptr(), grad_up.data_ptr(), grad.numel() // n, n,
-        gate_ld, up_ld, KINDS[act], _threads(grad),
+        gate.data_ptr(), None if up is None else up.data_ptr(), grad.data_ptr(), grad_gate.data_ptr(),
+        grad_up.data_ptr(), grad.numel() // n, n, gate_ld, up_ld, KINDS[act], _threads(grad),
     )  # fmt: skip
     return grad_gate, grad_up
 
 
 glu = _op(
-    "glu(Tensor gate, Tensor up, str act) -> Tensor",
+    "glu(Tensor gate, Tensor? up, str act) -> Tensor",
     _glu,
     lambda gate, up, act: torch.empty_like(gate, memory_format=torch.contiguous_format),
 )
 _glu_grads = _op(
-    "glu_backward(Tensor grad, Tensor gate, Tensor up, str act) -> (Tensor, Tensor)",
+    "glu_backward(Tensor grad, Tensor gate, Tensor? up, str act) -> (Tensor, Tensor)",
     _glu_backward,
     lambda grad, gate, up, act: (
         torch.empty_like(grad, memory_format=torch.contiguous_format),
-        torch.empty_like(grad, memory_format=torch.contiguous_format),
+        grad.new_empty(0) if up is None else torch.empty_like(grad, memory_format=torch.contiguous_format),
     ),
 )
 
 
-def _glu_setup(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+def _glu_setup(ctx: Any, inputs: tuple[Tensor, Tensor | None, str], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
     ctx.act = inputs[2]
 
@@ -207,7 +208,8 @@ def _glu_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     gate, up = ctx.saved_tensors
     if torch.is_grad_enabled():
         return (*_again(lambda gate, up: reference.glu(gate, up, ctx.act), (gate, up), grad), None)
-    return (*_glu_grads(grad, gate, up, ctx.act), None)
+    grad_gate, grad_up = _glu_grads(grad, gate, up, ctx.act)
+    return grad_gate, None if up is None else grad_up, None
 
 
 torch.library.register_autograd("landmark::glu", _glu_vjp, setup_context=_glu_setup, lib=_library)

@@ -24,9 +24,10 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, 
     return y.to(x.dtype)
 
 
-def glu(gate: Tensor, up: Tensor, act: str) -> Tensor:
-    """Gated linear unit (Shazeer, 2020): act(gate) * up."""
-    return (activation(act)(_wide(gate)) * _wide(up)).to(gate.dtype)
+def glu(gate: Tensor, up: Tensor | None, act: str) -> Tensor:
+    """Gated linear unit (Shazeer, 2020): act(gate) * up; act(gate) without `up`."""
+    y = activation(act)(_wide(gate))
+    return (y if up is None else y * _wide(up)).to(gate.dtype)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:

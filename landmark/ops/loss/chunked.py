@@ -16,7 +16,7 @@ from . import cpu
 from .reference import Head
 
 CHUNK = 2**25  # logits at a time: smaller chunks slow the matrix products, larger ones gain little
-SLICE_BYTES = 2**22  # of grad_weight at a time, so that its float32 accumulation reads the product from cache
+SLICE_BYTES = 2**20  # of grad_weight at a time, so that its float32 accumulation reads the product from cache
 
 
 def default_chunk(vocab: int) -> int:
@@ -47,40 +47,45 @@ def through_onednn(weight: Tensor) -> bool:
     return ONEDNN_IS_FASTER and weight.is_cpu and weight.dtype == torch.float32 and weight.numel() >= MIN_PRODUCT
 
 
-def zero_weight_gradient(weight: Tensor, several: bool) -> Tensor:
-    """[V, D] zeros: float32 where `several` chunks are summed in it; stored [D, V] where oneDNN's product comes so."""
+def empty_weight_gradient(weight: Tensor, several: bool) -> Tensor:
+    """[V, D]: float32 where `several` chunks are summed in it; stored [D, V] where oneDNN's product comes so."""
     if through_onednn(weight):
-        return torch.zeros_like(weight.mT, memory_format=torch.contiguous_format).mT
-    return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32) if several else weight.dtype)
+        return weight.new_empty(weight.mT.shape).mT
+    return weight.new_empty(weight.shape, dtype=_wide(weight) if several else weight.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 class Gradients:
-    """grad_hidden, grad_weight and grad_bias of the chunks so far; those not wanted stay empty."""
+    """grad_hidden, grad_weight and grad_bias of the chunks so far; those not wanted stay of no size."""
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], several: bool
     ) -> None:
         self.needs = needs
-        wide = torch.promote_types(weight.dtype, torch.float32)
         empty = [weight.new_empty(0) for _ in needs]  # outputs of a custom op may not be one and the same tensor
         self.hidden = torch.zeros_like(hidden) if needs[0] else empty[0]
-        self.weight = zero_weight_gradient(weight, several) if needs[1] else empty[1]
-        self.bias = torch.zeros_like(bias, dtype=wide) if needs[2] and bias is not None else empty[2]
+        self.weight = empty_weight_gradient(weight, several) if needs[1] else empty[1]
+        self.bias = torch.zeros_like(bias, dtype=_wide(bias)) if needs[2] and bias is not None else empty[2]
 
-    def add(self, g: Tensor, hidden: Tensor, weight: Tensor, index: Tensor) -> None:
-        """g [n, V] is the gradient of the logits of hidden [n, D], whose rows stand at `index`."""
+    def add(self, g: Tensor, hidden: Tensor, weight: Tensor, index: Tensor, first: bool) -> None:
+        """g [n, V] is the gradient of the logits of hidden [n, D], rows at `index`; `first` if none before."""
         fast = through_onednn(weight)
         if self.needs[0]:
             self.hidden[index] = onednn(g, weight.mT, None) if fast else g @ weight
         if self.needs[1]:
             if fast:
-                self.weight.mT.add_(onednn(hidden.mT, g.mT, None))
+                product = onednn(hidden.mT, g.mT, None).mT
+                self.weight = product if first else self.weight.add_(product)
             elif self.weight.dtype == g.dtype:
-                self.weight.addmm_(g.mT, hidden)
+                torch.addmm(self.weight, g.mT, hidden, beta=0 if first else 1, out=self.weight)
             else:
                 step = max(1, SLICE_BYTES // (hidden.shape[1] * g.element_size()))
                 for part, columns in zip(self.weight.split(step), g.split(step, dim=1), strict=True):
-                    part += columns.mT @ hidden
+                    product = columns.mT @ hidden
+                    part.copy_(product) if first else part.add_(product)
         if self.needs[2]:
             self.bias += g.sum(0, dtype=self.bias.dtype)
 
@@ -111,8 +116,9 @@ def sweep(
     fast = through_onednn(weight)
     buffer = hidden.new_empty(0 if fast else min(rows, len(index)), weight.shape[0])
     gradients = Gradients(hidden, weight, bias, needs, len(hidden) > chunk)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    nll, lse, mean = hidden.new_empty(3, len(index), dtype=wide).unbind()
+    if not len(index):
+        gradients.weight.zero_()
+    nll, lse, mean = hidden.new_empty(3, len(index), dtype=_wide(hidden)).unbind()
     reduce = cpu.reduce_rows if native else reduce_rows
     for at in range(0, len(index), rows):
         part = slice(at, at + rows)
@@ -120,6 +126,6 @@ def sweep(
         logits = onednn(h, weight, bias) if fast else _product(h, weight, bias, buffer[: len(h)])
         nll[part], lse[part], mean[part] = reduce(logits, kept[part], head, any(needs))
         if any(needs):
-            gradients.add(logits, h, weight, index[part])
+            gradients.add(logits, h, weight, index[part], first=at == 0)
         del logits  # before the next chunk's
     return index, nll, lse, mean, gradients
