@@ -1,9 +1,9 @@
 """Generation beside transformers: the same random weights, prompts and greedy answers, in one run, A B A B.
 
-    python bench/bench_generate.py [--quick] [--rounds 5] [--shape NAME] [--batch 8] [--tokens 32] [--json]
+    python bench/bench_generate.py [--quick] [--rounds 5] [--shape NAME] [--batch 8] [--tokens 64] [--json]
 
 Both read one directory of random weights. A row is one call: prompts of 32 tokens (`ragged`: of 8 to 64; transformers
-pads them) and as many new tokens; its time has both in it. `tokens_s` is ours, new tokens over the whole call.
+pads them) and 64 new ones; its time has both in it. `tokens_s` is ours, new tokens over the whole call.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--batch", choices=list(BATCHES), action="append", help="default: all")
     parser.add_argument("--quick", action="store_true", help="the tiny shape only, in seconds")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     from transformers.utils import logging

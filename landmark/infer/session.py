@@ -105,8 +105,11 @@ def begin(
 def room_after(model: Decoder | EncoderDecoder, prompts: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[int]:
     """How many of the `wanted` tokens fit the context after each prompt (the last one is not read back).
 
-    Raises ValueError for a prompt that is empty, longer than the context, or not of the model's vocabulary.
+    Raises ValueError for a prompt that is empty, longer than the context, or not of the model's vocabulary, and for a
+    model in training mode, whose dropout would have its say.
     """
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval() before it generates")
     reader, writer = (model.encoder, model.decoder) if isinstance(model, EncoderDecoder) else (model, model)
     context, vocab = reader.cfg.context, reader.cfg.embed.vocab
     for number, prompt in enumerate(prompts):

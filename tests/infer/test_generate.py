@@ -195,6 +195,11 @@ def test_bad_prompts(prompts: list[list[int]], message: str) -> None:
         generate(llama(), prompts, GREEDY)
 
 
+def test_a_model_in_training_mode() -> None:
+    with pytest.raises(ValueError, match=r"training mode; call model.eval\(\)"):
+        generate(landmark.build(LLAMA), PROMPTS, GREEDY)  # type: ignore[arg-type]
+
+
 def test_no_prompts() -> None:
     assert generate(llama(), [], GREEDY) == []
 
