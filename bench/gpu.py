@@ -21,6 +21,7 @@ import torch
 
 import landmark
 from landmark.data.batches import Batch
+from landmark.infer.session import Session
 from landmark.models.decoder import Decoder
 from landmark.models.registry import families, published
 from landmark.objectives.lm import CausalLM
@@ -51,15 +52,19 @@ def check(architecture: str, device: str) -> dict[str, Any] | None:
     def error(got: torch.Tensor, expected: torch.Tensor) -> float:
         return ((got.cpu() - expected).abs().max() / expected.abs().max()).item()
 
-    state = model.new_state(2, 19)
-    steps = torch.cat(
-        [model(there[:, :7], state=state)] + [model(there[:, t : t + 1], state=state) for t in range(7, 19)], 1
-    )
+    session = Session(model, 2, 19)
+    last = session.extend(tokens[:, :7].tolist())
+    for t in range(7, 19):
+        last = session.extend(tokens[:, t : t + 1].tolist())
     segments = torch.ones_like(there)
     segments[:, 11:] = 2
     packed = model(there, segments=segments)
     alone = torch.cat([model(there[:, :11]), model(there[:, 11:])], 1)
-    errors = {"forward": error(model(there), want), "decode": error(steps, want), "packed": error(packed, alone.cpu())}
+    errors = {
+        "forward": error(model(there), want),
+        "decode": error(last, want[:, -1]),
+        "packed": error(packed, alone.cpu()),
+    }
     return {"model": architecture, **errors, "ok": max(errors.values()) < 1e-4}
 
 
