@@ -106,7 +106,7 @@ def test_refusals() -> None:
     x, weight = torch.randn(2, 8), torch.randn(4, 8, requires_grad=True)
     with pytest.raises(ValueError, match="'skinny' cannot run: it has no gradient"):
         linear(x, weight, backend="skinny")
-    with pytest.raises(ValueError, match=r"1 to 16 rows of torch\.float32, not 17"):
+    with pytest.raises(ValueError, match="1 to 16 rows, not 17"):
         linear(torch.randn(17, 8), weight.detach(), backend="skinny")
     with pytest.raises(ValueError, match=r"not torch\.float64"):
         linear(x.double(), weight.detach().double(), backend="skinny")

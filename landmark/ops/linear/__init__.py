@@ -27,7 +27,7 @@ def why_not(backend: Backend, x: Tensor, weight: Tensor, bias: Tensor | None = N
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: Backend | None = None) -> Tensor:
     """y = x W^T + b; x [..., in], weight [out, in], bias [out] -> [..., out], differentiable.
 
-    Without gradient, 1 to 16 rows (8 in bfloat16) on the processor are multiplied at the speed of reading the weight.
+    Without gradient, 1 to 16 rows on the processor are multiplied at the speed of reading the weight.
     """
     if backend is not None:
         if (reason := why_not(backend, x, weight, bias)) is not None:

@@ -20,7 +20,7 @@ from ..native import Source, processor
 
 SOURCE = Source(Path(__file__).with_name("skinny.c"))
 KERNELS = {torch.float32: "linear_f32", torch.bfloat16: "linear_bf16"}
-MAX_ROWS = {torch.float32: 16, torch.bfloat16: 8}  # beyond them the matrix product is as fast
+MAX_ROWS = 16  # beyond them the matrix product is as fast
 ONE_THREAD = 2**17  # bytes of weight that a second thread would not read any sooner
 MIN_PRODUCT = 2**21  # rows x in x out from which oneDNN's set-up pays
 ONEDNN = torch.backends.mkldnn.is_available() and "mkldnn::_linear_pointwise" in torch._C._dispatch_get_all_op_names()
@@ -36,10 +36,10 @@ def why_not_skinny(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None
     """None if `skinny` can run, else why not."""
     if (reason := _why_not_plain(x, weight, bias)) is not None:
         return reason
-    if (most := MAX_ROWS.get(weight.dtype)) is None:
+    if weight.dtype not in KERNELS:
         return f"it takes float32 and bfloat16, not {weight.dtype}"
-    if not 0 < (rows := x.numel() // max(1, weight.shape[1])) <= most:
-        return f"it takes 1 to {most} rows of {weight.dtype}, not {rows}"
+    if not 0 < (rows := x.numel() // max(1, weight.shape[1])) <= MAX_ROWS:
+        return f"it takes 1 to {MAX_ROWS} rows, not {rows}"
     if weight.stride(1) != 1:
         return "the weight's rows are not contiguous"
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):

@@ -9,54 +9,67 @@
 #endif
 #define LANES(half) ((half) && PAIRS ? 32 : W)    // of a group: what one step of the inner loop takes
 #define XSIZE(half) ((half) && PAIRS ? 2 : 4)     // bytes of an element of packed x
-#define ROWS 8                                    // rows of W that share a block of columns
-#define CACHE 32768                               // bytes of x that stay in the first-level cache
-#define AHEAD 4096                                // bytes to prefetch ahead where W is read in order
+#define ROWS 16                                   // rows of W that share a block of columns, where x needs blocks
+#define CACHE 32768                               // bytes of x that the first-level cache holds beside W's stream
+#define BLOCK 16384                               // bytes of x in a block of columns, if all of it is more than CACHE
+#define AHEAD 8192                                // bytes to prefetch ahead where W is read in order
 
-INLINE vf dot(const char *w, const char *x, vf acc, const int half) {
+// v . x[i] added to acc, for a group of lanes of W in v and of M rows of x.
+INLINE void dots(const char *w, const char *x, vf *acc, const int M, const int half) {
+    const int xstep = LANES(half) * XSIZE(half);
 #ifdef __AVX512BF16__
-    if (half) return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_loadu_si512(x));
+    if (half) {
+        const __m512bh v = (__m512bh)_mm512_loadu_si512(w);
+        for (int i = 0; i < M; i++)
+            acc[i] = (vf)_mm512_dpbf16_ps((__m512)acc[i], v, (__m512bh)_mm512_loadu_si512(x + i * xstep));
+        return;
+    }
 #endif
-    return acc + load(w, 0, half) * load(x, 0, 0);
+    const vf v = load(w, 0, half);
+    for (int i = 0; i < M; i++) acc[i] += v * load(x + i * xstep, 0, 0);
 }
 
-// Adds n columns of one row of W times M packed rows of x to part[M], in U interleaved float32 sums.
-INLINE void strip(const char *w, const char *x, int64_t m, int64_t n, const char *ahead, vf *part, const int M, const int U,
-                  const int half) {
+// Adds n columns of R rows of W times M packed rows of x to part[R][16], in float32; U groups of columns at once.
+INLINE void strip(const char *w, int64_t row, const char *x, int64_t m, int64_t n, const char *ahead, vf *part, const int R,
+                  const int M, const int U, const int half) {
     const int size = half ? 2 : 4, lanes = LANES(half), step = lanes * size, xstep = lanes * XSIZE(half);
     const int64_t groups = n / lanes;
-    vf acc[8];
-    for (int i = 0; i < M * U; i++) acc[i] = splat(0);
+    vf acc[16];  // [U][R][M]
+    for (int i = 0; i < U * R * M; i++) acc[i] = splat(0);
     int64_t g = 0;
 #pragma GCC unroll 1
     for (; g + U <= groups; g += U)
-        for (int u = 0; u < U; u++, w += step, ahead += step, x += m * xstep) {
-            __builtin_prefetch(ahead);
-            for (int i = 0; i < M; i++) acc[u * M + i] = dot(w, x + i * xstep, acc[u * M + i], half);
-        }
+        for (int u = 0; u < U; u++, w += step, ahead += step, x += m * xstep)
+            for (int r = 0; r < R; r++) {
+                __builtin_prefetch(ahead + r * row);
+                dots(w + r * row, x, acc + (u * R + r) * M, M, half);
+            }
     for (; g < groups; g++, w += step, x += m * xstep)
-        for (int i = 0; i < M; i++) acc[i] = dot(w, x + i * xstep, acc[i], half);
-    if (g * lanes < n) {
-        char last[64] = {0};
-        memcpy(last, w, (n - g * lanes) * size);
-        for (int i = 0; i < M; i++) acc[i] = dot(last, x + i * xstep, acc[i], half);
-    }
-    for (int i = 0; i < M; i++) {
-        for (int u = 1; u < U; u++) acc[i] += acc[u * M + i];
-        part[i] += acc[i];
-    }
+        for (int r = 0; r < R; r++) dots(w + r * row, x, acc + r * M, M, half);
+    if (g * lanes < n)
+        for (int r = 0; r < R; r++) {
+            char last[64] = {0};
+            memcpy(last, w + r * row, (n - g * lanes) * size);
+            dots(last, x, acc + r * M, M, half);
+        }
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < M; i++) {
+            for (int u = 1; u < U; u++) acc[r * M + i] += acc[(u * R + r) * M + i];
+            part[r * 16 + i] += acc[r * M + i];
+        }
 }
 
-INLINE void strips(int64_t rows, const char *w, const char *x, int64_t m, int64_t n, const char *ahead, vf *part, const int half) {
+INLINE void strips(int64_t rows, const char *w, int64_t row, const char *x, int64_t m, int64_t n, const char *ahead, vf *part,
+                   const int R, const int half) {
     switch (rows) {
-        case 1: strip(w, x, m, n, ahead, part, 1, 4, half); break;
-        case 2: strip(w, x, m, n, ahead, part, 2, 4, half); break;
-        case 3: strip(w, x, m, n, ahead, part, 3, 2, half); break;
-        case 4: strip(w, x, m, n, ahead, part, 4, 2, half); break;
-        case 5: strip(w, x, m, n, ahead, part, 5, 1, half); break;
-        case 6: strip(w, x, m, n, ahead, part, 6, 1, half); break;
-        case 7: strip(w, x, m, n, ahead, part, 7, 1, half); break;
-        default: strip(w, x, m, n, ahead, part, 8, 1, half);
+        case 1: strip(w, row, x, m, n, ahead, part, R, 1, 4, half); break;
+        case 2: strip(w, row, x, m, n, ahead, part, R, 2, 4, half); break;
+        case 3: strip(w, row, x, m, n, ahead, part, R, 3, 2, half); break;
+        case 4: strip(w, row, x, m, n, ahead, part, R, 4, 2, half); break;
+        case 5: strip(w, row, x, m, n, ahead, part, R, 5, 1, half); break;
+        case 6: strip(w, row, x, m, n, ahead, part, R, 6, 1, half); break;
+        case 7: strip(w, row, x, m, n, ahead, part, R, 7, 1, half); break;
+        default: strip(w, row, x, m, n, ahead, part, R, 8, 1, half);
     }
 }
 
@@ -74,27 +87,27 @@ INLINE void pack(const void *x, char *packed, int64_t m, int64_t n, int64_t xld,
         }
 }
 
-// Rows [from, to) of W, `width` columns at a time so that their part of x stays in cache.
+// Rows [from, to) of W. All columns of a row in one go if x fits the cache; else `width` columns of ROWS rows, two rows at a
+// time so that x is read half as often, then the next columns.
 INLINE void share(const char *packed, const char *w, const char *bias, char *y, int64_t m, int64_t from, int64_t to, int64_t out,
                   int64_t n, int64_t wld, int64_t width, const int half) {
-    const int size = half ? 2 : 4, xstep = LANES(half) * XSIZE(half);
+    const int64_t size = half ? 2 : 4, row = wld * size, xstep = LANES(half) * XSIZE(half);
     vf part[ROWS][16];
     for (int64_t o = from; o < to; o += ROWS) {
         const int64_t rows = MIN(ROWS, to - o);
         for (int64_t r = 0; r < rows; r++)
             for (int64_t i = 0; i < m; i++) part[r][i] = splat(0);
         for (int64_t k = 0; k < n; k += width)
-            for (int64_t r = 0; r < rows; r++) {
-                const char *at = w + ((o + r) * wld + k) * size, *ahead;
-                if (width >= n)
-                    ahead = at + AHEAD;
-                else if (r + 1 < rows)
-                    ahead = at + wld * size;
-                else
-                    ahead = k + width < n ? w + (o * wld + k + width) * size : w + (o + rows) * wld * size;
-                const char *x = packed + k / LANES(half) * m * xstep;
+            for (int64_t r = 0; r < rows;) {
+                const int pair = width < n && r + 2 <= rows;
+                const char *at = w + (o + r) * row + k * size, *x = packed + k / LANES(half) * m * xstep, *ahead = at + AHEAD;
+                if (width < n) ahead = r + 2 < rows || k + width >= n ? at + 2 * row : w + o * row + (k + width) * size;
                 for (int64_t i = 0; i < m; i += 8)
-                    strips(m - i, at, x + i * xstep, m, MIN(width, n - k), ahead, part[r] + i, half);
+                    if (pair)
+                        strips(m - i, at, row, x + i * xstep, m, MIN(width, n - k), ahead, part[r] + i, 2, half);
+                    else
+                        strips(m - i, at, row, x + i * xstep, m, MIN(width, n - k), ahead, part[r] + i, 1, half);
+                r += pair ? 2 : 1;
             }
         for (int64_t r = 0; r < rows; r++)
             for (int64_t i = 0; i < m; i++)
@@ -106,7 +119,7 @@ INLINE void share(const char *packed, const char *w, const char *bias, char *y, 
 INLINE void linear(const void *x, const char *w, const char *bias, char *y, int64_t m, int64_t out, int64_t n, int64_t xld,
                    int64_t wld, int threads, const int half) {
     const int64_t lanes = LANES(half), groups = (n + lanes - 1) / lanes, xstep = lanes * XSIZE(half);
-    const int64_t width = MAX(1, CACHE / (m * xstep)) * lanes;
+    const int64_t width = groups * m * xstep <= CACHE ? n : MAX(1, BLOCK / (m * xstep)) * lanes;
     char *packed = aligned_alloc(64, (groups * m * xstep + 63) / 64 * 64);
     if (!packed) abort();
     pack(x, packed, m, n, xld, half);
