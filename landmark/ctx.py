@@ -185,6 +185,25 @@ class Relative:
     rows: Tensor  # [T, T]: the row of the table for each query and key of one row of the batch
 
 
+class Reports:
+    """What layers say of one forward pass besides their output: losses of their own, and figures for the log."""
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+        self.metrics: dict[str, tuple[Tensor, int]] = {}
+
+    def loss(self, name: str, value: Tensor, weight: float) -> None:
+        """Add `weight` * `value` to the objective's mean per token; `value` is logged, averaged over the layers."""
+        if weight:
+            self.losses.append(value * weight)
+        self.metric(name, value, 1)
+
+    def metric(self, name: str, total: Tensor, count: int) -> None:
+        """Log `total` / `count`; several layers' totals and counts add up."""
+        before, seen = self.metrics.get(name, (0.0, 0))
+        self.metrics[name] = before + total.detach(), seen + count
+
+
 @dataclass(frozen=True)
 class Ctx:
     """Shared by all layers during one forward pass."""
@@ -194,7 +213,7 @@ class Ctx:
     past: tuple[int, ...] | None = None  # tokens that each sequence's state holds already; None without a state
     memory: Memory | None = None
     relative: Relative | None = None
-    aux: dict[str, list[Tensor]] = field(default_factory=dict)  # losses and statistics that layers report
+    reports: Reports = field(default_factory=Reports)
     _memo: dict[Hashable, Any] = field(default_factory=dict)
 
     def memo(self, key: Hashable, make: Callable[[], T_]) -> T_:

@@ -1,4 +1,4 @@
-"""Per-token decoding state: keys and values of what came before.
+"""Decoding state: what is kept of every token (keys and values), and what is kept of every sequence.
 
 `extend(k, v, ctx)` takes the keys and values of this call's tokens and returns those that its queries may look at, with
 their bounds. Buffers are [slots, heads, capacity, d]; what is returned is viewed as [slots, tokens, heads, d].
@@ -133,6 +133,25 @@ class WindowCache:
 
     def restore(self, snapshot: Any) -> None:
         self.k, self.v = (x.clone() for x in snapshot)
+
+
+class SlotState:
+    """Tensors of a fixed size for every sequence, such as the state of a recurrence: [slots, ...] each, by name.
+
+    A mixer reads `state.tensors[name]` and puts what follows there; nothing else holds on to them.
+    """
+
+    def __init__(self, **tensors: Tensor) -> None:
+        self.tensors: dict[str, Tensor] = tensors
+
+    def select(self, slots: Tensor) -> None:
+        self.tensors = {name: tensor[slots] for name, tensor in self.tensors.items()}
+
+    def snapshot(self) -> Any:
+        return {name: tensor.clone() for name, tensor in self.tensors.items()}
+
+    def restore(self, snapshot: Any) -> None:
+        self.tensors = {name: tensor.clone() for name, tensor in snapshot.items()}
 
 
 class CrossCache:

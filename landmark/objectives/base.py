@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ..ctx import Reports
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -20,6 +22,14 @@ class Loss:
     @property
     def value(self) -> Tensor:
         return self.sum / max(self.count, 1)
+
+
+def with_reports(loss: Loss, reports: Reports) -> Loss:
+    """`loss` with what the model's layers reported: their losses count once for each of its `count`."""
+    total = loss.sum
+    for value in reports.losses:
+        total = total + value * loss.count
+    return Loss(total, loss.count, {**loss.metrics, **reports.metrics})
 
 
 class Objective(Protocol):

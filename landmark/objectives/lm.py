@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..data.batches import Batch
 from ..models.decoder import Decoder
-from .base import Loss
+from .base import Loss, with_reports
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,11 @@ class CausalLM:
         return int((batch.targets >= 0).sum())
 
     def loss(self, model: Decoder, batch: Batch) -> Loss:
-        hidden = model.hidden(batch.tokens, segments=batch.segments, positions=batch.positions)
+        ctx = model.context(batch.tokens, segments=batch.segments, positions=batch.positions)
+        hidden = model.hidden(batch.tokens, ctx=ctx)
         out = model.loss(hidden, batch.targets, z_loss=self.z_loss, label_smoothing=self.label_smoothing)
         count = self.count(batch)
         metrics = {"nll": (out.nll, count)}
         if batch.n_bytes:
             metrics["bits_per_byte"] = (out.nll / math.log(2), batch.n_bytes)
-        return Loss(out.loss, count, metrics)
+        return with_reports(Loss(out.loss, count, metrics), ctx.reports)

@@ -13,7 +13,7 @@ from ..data.batches import IGNORE, Batch
 from ..data.labelled import LabelledBatch
 from ..models.encoder import Encoder
 from ..nn.embedding import Head
-from .base import Loss
+from .base import Loss, with_reports
 from .classification import wide
 
 
@@ -51,7 +51,7 @@ class MaskedLM:
             total = total + (nll * hidden_per_sequence(hides, ctx.bounds)).sum()
             right = (logits.detach().argmax(-1) == labels).sum()
             metrics |= {"pair": (nll.detach().sum(), len(labels)), "pair_accuracy": (right, len(labels))}
-        return Loss(total, count, metrics)
+        return with_reports(Loss(total, count, metrics), ctx.reports)
 
 
 def hidden_per_sequence(hides: Tensor, bounds: Bounds) -> Tensor:
