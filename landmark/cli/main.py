@@ -20,6 +20,7 @@ COMMANDS = (
     "embed",
     "data",
     "papers",
+    "reproduce",
 )
 
 
