@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..config import Config, ModelConfig
+from ..nn.moe import GroupedLinear, MoE
 from ..nn.residual import Normed, Parallel, Sublayer
 
 
@@ -57,11 +58,11 @@ class Init(Config):
         if self.std is None and self.embedding is None:
             raise ValueError("Init.std is None, which says nothing of embedding tables; give Init.embedding a number")
 
-    def deviation(self, module: nn.Linear | nn.Embedding) -> float:
+    def deviation(self, module: nn.Linear | nn.Embedding | GroupedLinear) -> float:
         """The standard deviation of a module's weight."""
         if isinstance(module, nn.Embedding) and self.embedding is not None:
             return self.embedding
-        return module.weight.shape[1] ** -0.5 if self.std is None else self.std
+        return module.weight.shape[-1] ** -0.5 if self.std is None else self.std
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -104,7 +105,7 @@ def init_weights(model: nn.Module, init: Init) -> None:
     ends = residual_ends(model)
     depth = max(1, len(ends))
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Embedding | GroupedLinear):
             scale = 1 / math.sqrt(depth) if init.residual and module in ends else 1.0
             nn.init.normal_(module.weight, std=init.deviation(module) * scale)
             bias = getattr(module, "bias", None)
@@ -124,5 +125,6 @@ def residual_ends(model: nn.Module) -> set[nn.Module]:
     for module in model.modules():
         if isinstance(module, Parallel):
             functions += [fn.fn if isinstance(fn, Normed) else fn for fn in module.fns.values()]
+    functions += [fn.shared for fn in functions if isinstance(fn, MoE) and fn.shared is not None]
     ends = (getattr(fn, name, None) for fn in functions for name in ("out", "down"))
-    return {end for end in ends if isinstance(end, nn.Linear)}
+    return {end for end in ends if isinstance(end, nn.Linear | GroupedLinear)}

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -48,6 +48,14 @@ class Batches(Protocol):
     def __next__(self) -> Any: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Adjusts(Protocol):
+    """A module that changes something of its own after every update, from what it counted in training."""
+
+    def adjust(self, total: Callable[[Sequence[float]], list[float]]) -> None:
+        """`total` adds up over all processes, which all call with as many numbers."""
 
 
 class Callback:
@@ -200,6 +208,9 @@ class Run:
             self.diverged(means["loss"], norm, losses)
         factor = settings.schedule.factor(self.step, settings.steps)
         self.updater.step(factor)
+        for module in self.model.modules():
+            if isinstance(module, Adjusts):
+                module.adjust(here.sum)
         self.step += 1
         self.tokens += int(tokens)
         speed = tokens / (time.perf_counter() - began)

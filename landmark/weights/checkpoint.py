@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import ModelConfig, from_dict, nearest, to_dict
 from ..models.base import Model, Origin
 from ..models.registry import Family, Keys, family_of, published
+from ..nn.float32 import float32_buffers
 from .files import read_json, read_tensors, write_json, write_tensors
 from .rules import load as apply_rules
 from .rules import unload
@@ -44,10 +45,11 @@ def load(
     theirs = read_tensors(directory)
     ours = from_published(family, hf, theirs) if family else theirs
     check_weights(model, ours, directory)
-    target = None if dtype is None else as_dtype(dtype)
+    target, wide = None if dtype is None else as_dtype(dtype), float32_buffers(model)
     for name in list(ours):
         tensor = ours[name]
-        ours[name] = tensor.to(device or "cpu", target if tensor.is_floating_point() else None).contiguous()
+        kind = torch.float32 if name in wide else target if tensor.is_floating_point() else None
+        ours[name] = tensor.to(device or "cpu", kind).contiguous()
     model.load_state_dict(ours, assign=True)
     model.requires_grad_(True)
     model.origin = Origin(hf, directory)

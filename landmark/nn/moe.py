@@ -1,0 +1,134 @@
+"""Sparse mixture of experts (Shazeer et al. 2017): many feed-forward functions, of which a token passes a few.
+
+    MoE.Config(experts=8, active=2, hidden=14336, router=SoftmaxTopK.Config())             Mixtral
+    MoE.Config(experts=64, active=6, hidden=1408, router=..., shared=GLU.Config(hidden=2816))   DeepSeekMoE
+
+All experts' matrices are one stack [experts, out, in]; rows are sorted by expert and multiplied in one product, so that
+the cost follows the active parameters. Which experts a token passes is the router's business (nn/router.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ModuleConfig
+from ..ctx import Ctx
+from ..ops.activation import Activation, activation
+from ..ops.fused import activate, glu
+from ..ops.moe import Plan, combine, grouped_linear, spread
+from .linear import Linear
+from .router import Router, RouterConfig
+
+
+class GroupedLinear(nn.Module):
+    """One matrix an expert: y = x W_e^T for rows that are sorted by expert. weight [experts, out, in]."""
+
+    def __init__(self, experts: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.experts, self.in_features, self.out_features = experts, in_features, out_features
+        self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """x [M, in], counts [experts] -> [M, out]."""
+        return grouped_linear(x, self.weight, counts)
+
+    def expert(self, number: int) -> Linear:
+        """The linear layer of one expert; its weight is a view of the stack, so that what is written there counts."""
+        with torch.device("meta"):
+            view = Linear(self.in_features, self.out_features, bias=False)
+        view.weight = nn.Parameter(self.weight.detach()[number], requires_grad=self.weight.requires_grad)
+        return view
+
+    def each(self) -> Iterator[Linear]:
+        """`expert` for every expert."""
+        return map(self.expert, range(self.experts))
+
+    def extra_repr(self) -> str:
+        return f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}"
+
+
+class MoE(nn.Module):
+    """sum_e weight_e expert_e(x) over a token's `active` experts e, plus shared(x) (DeepSeekMoE, Dai et al. 2024).
+
+    Experts are gated (`GLU`) or, if not `gated`, plain perceptrons; they have no biases. `shared` is a feed-forward
+    function that every token passes. Tokens outside of all sequences pass nothing and come out as zeros.
+    """
+
+    class Config(ModuleConfig):
+        experts: int
+        active: int
+        hidden: int
+        router: RouterConfig
+        act: Activation = "silu"
+        gated: bool = True
+        shared: ModuleConfig | None = None
+
+        def check(self) -> None:
+            super().check()
+            if self.active > self.experts:
+                raise ValueError(f"MoE.active is {self.active}, but there are {self.experts} experts; choose fewer")
+            self.router.check_experts(self.experts, self.active)
+
+        def build(self, dim: int) -> MoE:
+            return MoE(self, dim)
+
+    def __init__(self, cfg: Config, dim: int) -> None:
+        super().__init__()
+        activation(cfg.act)
+        self.cfg = c = cfg
+        self.router: Router = c.router.build(dim, c.experts, c.active)
+        self.gate = GroupedLinear(c.experts, dim, c.hidden) if c.gated else None
+        self.up = GroupedLinear(c.experts, dim, c.hidden)
+        self.down = GroupedLinear(c.experts, c.hidden, dim)
+        self.shared = c.shared.build(dim) if c.shared else None
+
+    def active_parameters(self) -> int:
+        """How many parameters a token passes."""
+        stacks = [s.weight for s in (self.gate, self.up, self.down) if s is not None]
+        idle = sum(w.numel() // self.cfg.experts for w in stacks) * (self.cfg.experts - self.cfg.active)
+        return sum(p.numel() for p in self.parameters()) - idle
+
+    def forward(self, x: Tensor, ctx: Ctx | None = None, state: Any = None) -> Tensor:
+        rows, inside = x.reshape(-1, x.shape[-1]), _inside(ctx)
+        if inside is None:
+            y = self.routed(rows, ctx)
+        else:
+            y = torch.zeros_like(rows).index_copy(0, inside, self.routed(rows[inside], ctx))
+        y = y.view_as(x)
+        return y if self.shared is None else y + self.shared(x, ctx)
+
+    def routed(self, x: Tensor, ctx: Ctx | None) -> Tensor:
+        """Tokens x [N, dim] (those of `ctx` that are in a sequence) through their experts."""
+        to = self.router(x, ctx)
+        plan = Plan.of(to.experts, self.cfg.experts, dropping=to.dropping)
+        rows, weights = spread(x, plan), to.weights
+        if to.on_input:
+            rows = rows * combine_weights(weights, plan).to(rows.dtype)
+            weights = torch.ones_like(weights)
+        up = self.up(rows, plan.counts)
+        hidden = (
+            activate(up, self.cfg.act) if self.gate is None else glu(self.gate(rows, plan.counts), up, self.cfg.act)
+        )
+        return combine(self.down(hidden, plan.counts), weights, plan)
+
+
+def combine_weights(weights: Tensor, plan: Plan) -> Tensor:
+    """weights [N, k] -> [M, 1], in the order of the rows."""
+    kept = plan.places.flatten()
+    if plan.tokens.numel() != kept.numel():
+        weights, kept = weights.flatten()[kept >= 0], kept[kept >= 0]
+    return torch.empty_like(weights.flatten()).scatter(0, kept, weights.flatten())[:, None]
+
+
+def _inside(ctx: Ctx | None) -> Tensor | None:
+    """Which tokens lie in a sequence; None if all do."""
+    if ctx is None or ctx.bounds.spans is None:
+        return None
+    bounds, device = ctx.bounds, ctx.positions.device
+    if sum(length for _, length in bounds.sequences) == bounds.rows * bounds.width:
+        return None
+    return ctx.memo("inside", lambda: (bounds.index(device).flatten() >= 0).nonzero().flatten())

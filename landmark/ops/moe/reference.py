@@ -1,0 +1,26 @@
+"""Mixture of experts, written plainly: a loop over experts, and every token's answers summed by their weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """x [M, in] whose rows are sorted by expert, weight [E, out, in], counts [E] -> [M, out]."""
+    parts = x.split(counts.tolist())
+    return torch.cat([part @ matrix.mT for part, matrix in zip(parts, weight, strict=True)])
+
+
+def spread(x: Tensor, tokens: Tensor) -> Tensor:
+    """x [N, dim], tokens [M] -> [M, dim]: row i is token tokens[i]'s."""
+    return x[tokens]
+
+
+def combine(y: Tensor, weights: Tensor, places: Tensor) -> Tensor:
+    """sum_j weights[n, j] y[places[n, j]]; y [M, dim], weights and places [N, k] -> [N, dim]. A place of -1: none."""
+    if not y.shape[0]:
+        return y.new_zeros(places.shape[0], y.shape[1])
+    wide = torch.promote_types(y.dtype, torch.float32)
+    kept = weights.to(wide).masked_fill(places < 0, 0.0)
+    return torch.einsum("nk,nkd->nd", kept, y[places.clamp_min(0)].to(wide)).to(y.dtype)
