@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..ctx import Bounds, Ctx, Memory, State
 from ..nn.embedding import Embedding
+from ..nn.linear import LinearConfig, replace_linears
 from ..nn.norm import NormConfig
 from ..nn.residual import Layer, build_layers
 from .base import Init, Model, materialise
@@ -23,6 +24,7 @@ class Backbone(Model):
         norm: NormConfig | None
         context: int | None = None  # the longest text it was made for, in tokens
         init: Init = Init()
+        linear: LinearConfig | None = None  # what stands for every Linear of the layers
 
         def build(self) -> Backbone:
             return materialise(lambda: Backbone(self), self.init)
@@ -32,6 +34,8 @@ class Backbone(Model):
         self.cfg: Backbone.Config = cfg
         self.embed = cfg.embed.build(cfg.dim)
         self.layers: nn.ModuleList = build_layers(cfg.layers, cfg.dim)
+        if cfg.linear is not None:
+            replace_linears(self.layers, cfg.linear)
         self.norm = cfg.norm.build(cfg.dim) if cfg.norm else None
 
     def new_state(

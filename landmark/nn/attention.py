@@ -71,7 +71,8 @@ class Attention(nn.Module):
     """Self-attention (Vaswani et al. 2017, sec. 3.2).
 
     `window`: a query sees keys at a distance below it (Mistral; GPT-3's locally banded layers). `softcap`: scores are
-    squashed to cap * tanh(score / cap). `scale`: what scores are multiplied by, 1 / sqrt(head_dim) unless said.
+    squashed to cap * tanh(score / cap). `scale`: what scores are multiplied by, 1 / sqrt(head_dim) unless said. `out_norm`:
+    a norm of all heads together before the output matrix (BitNet's sub-norm).
     """
 
     class Config(ModuleConfig):
@@ -82,6 +83,7 @@ class Attention(nn.Module):
         out_bias: bool = False
         rope: Rope.Config | None = None
         qk_norm: QKNorm | None = None
+        out_norm: NormConfig | None = None
         causal: bool = True
         window: int | None = None
         softcap: float | None = None
@@ -108,6 +110,7 @@ class Attention(nn.Module):
         self.rope = c.rope.build(c.head_dim) if c.rope else None
         self.q_norm = c.qk_norm.build_heads(c.heads, c.head_dim) if c.qk_norm else None
         self.k_norm = c.qk_norm.build_heads(c.kv_heads, c.head_dim) if c.qk_norm else None
+        self.out_norm = c.out_norm.build(c.heads * c.head_dim) if c.out_norm else None
         self.scale = c.head_dim**-0.5 if c.scale is None else c.scale
 
     def new_state(self, slots: int, capacity: int, dtype: torch.dtype, device: torch.device) -> KVCache | WindowCache:
@@ -137,8 +140,8 @@ class Attention(nn.Module):
         y = attention(
             q, k, v, bounds=ctx.bounds, k_bounds=k_bounds, scale=self.scale, causal=c.causal, window=c.window,
             softcap=c.softcap, dropout=c.dropout if self.training else 0.0,
-        )  # fmt: skip
-        out: Tensor = self.out(y.flatten(-2))
+        ).flatten(-2)  # fmt: skip
+        out: Tensor = self.out(y if self.out_norm is None else self.out_norm(y))
         return out
 
 

@@ -11,6 +11,7 @@ from ..ctx import Ctx
 from ..ops.activation import Activation, activation
 from ..ops.fused import activate, glu
 from .linear import Linear
+from .norm import NormConfig
 
 
 class MLP(nn.Module):
@@ -36,7 +37,7 @@ class MLP(nn.Module):
 
 
 class GLU(nn.Module):
-    """down(act(gate(x)) * up(x)).
+    """down(norm(act(gate(x)) * up(x))), mostly without the norm.
 
     `act`: "silu" SwiGLU, "gelu" GEGLU, "relu" ReGLU, "sigmoid" GLU, "identity" bilinear (Shazeer 2020, eq. 5 and 6).
     """
@@ -45,6 +46,7 @@ class GLU(nn.Module):
         hidden: int
         act: Activation = "silu"
         bias: bool = False
+        norm: NormConfig | None = None  # before `down` (BitNet's sub-norm)
 
         def build(self, dim: int) -> GLU:
             return GLU(self, dim)
@@ -55,7 +57,9 @@ class GLU(nn.Module):
         self.act = cfg.act
         self.gate, self.up = Linear(dim, cfg.hidden, cfg.bias), Linear(dim, cfg.hidden, cfg.bias)
         self.down = Linear(cfg.hidden, dim, cfg.bias)
+        self.norm = cfg.norm.build(cfg.hidden) if cfg.norm else None
 
     def forward(self, x: Tensor, ctx: Ctx | None = None, state: Any = None) -> Tensor:
-        out: Tensor = self.down(glu(self.gate(x), self.up(x), self.act))
+        y = glu(self.gate(x), self.up(x), self.act)
+        out: Tensor = self.down(y if self.norm is None else self.norm(y))
         return out

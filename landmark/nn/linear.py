@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from torch import Tensor, nn
 
+from ..config import Config
 from ..ops.linear import linear
 
 
@@ -12,3 +15,20 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
+
+
+class LinearConfig(Config, ABC, abstract=True):
+    """What stands for a `Linear` of a layer, such as a quantised one."""
+
+    skip: tuple[str, ...] = ()  # names, or ends of dotted names, of those that stay as they are
+
+    @abstractmethod
+    def build(self, linear: Linear) -> nn.Module:
+        """What takes the place of `linear`, of the same width, bias and dtype; its weights are not taken over."""
+
+
+def replace_linears(module: nn.Module, config: LinearConfig) -> None:
+    """Put what `config` builds in the place of every `Linear` below a module, but for those that it skips."""
+    for name, child in list(module.named_modules()):
+        if type(child) is Linear and not any(f".{name}".endswith(f".{end}") for end in config.skip):
+            module.set_submodule(name, config.build(child))

@@ -1,0 +1,128 @@
+"""BitNet b1.58 (Ma et al. 2024): ternary weights by their mean absolute value, activations of 8 bits a token.
+
+`bit_linear` is what is trained: a weight in full precision, rounded on the way. `ternary_linear` is what is used
+afterwards: the rounded weight alone, two bits each. The two compute the same sums of whole numbers, and are equal.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...linear import linear
+from . import cpu, reference
+from .reference import absmean, pack, quantise_tokens, ternary, unpack
+
+Backend = Literal["reference", "cpu"]
+
+
+def why_not(backend: Backend, x: Tensor, *others: Tensor | None) -> str | None:
+    """None if `backend` can run on x and the float tensors that go with it, else why not."""
+    if backend not in ("reference", "cpu"):
+        raise ValueError(f"unknown backend {backend!r}: use 'reference' or 'cpu'")
+    return cpu.why_not(x, *others) if backend == "cpu" else None
+
+
+def ternary_linear(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = None, *, out: int, reciprocal: bool = False,
+    backend: Backend | None = None,
+) -> Tensor:  # fmt: skip
+    """x [..., in], packed uint8 [ceil(out / 4), in] (see `pack`), scale [1], bias [out] -> [..., out]; no gradient.
+
+    The weight is the packed one times `scale`, or divided by it if `reciprocal` (both are published).
+    """
+    if not _picks_cpu(backend, x, scale, bias):
+        return reference.linear(x, packed, scale, bias, out, reciprocal)[0]
+    return _ternary_linear(x, packed, scale, bias, out, reciprocal)
+
+
+def bit_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: Backend | None = None) -> Tensor:
+    """x [..., in], weight [out, in], bias [out] -> [..., out]: both rounded, differentiable straight through.
+
+    Gradients are those of a linear map with the rounded x and the rounded weight (Bengio et al. 2013). What is kept for
+    them takes one byte a number of x and two bits a weight.
+    """
+    if backend is not None:
+        _picks_cpu(backend, x, weight, bias)
+    y: Tensor = _bit_linear(x, weight, bias, backend)[0]
+    return y
+
+
+def _picks_cpu(backend: Backend | None, x: Tensor, *others: Tensor | None) -> bool:
+    if backend is None:
+        return cpu.why_not(x, *others) is None
+    if (reason := why_not(backend, x, *others)) is not None:
+        raise ValueError(f"backend {backend!r} cannot run: {reason}")
+    return backend == "cpu"
+
+
+_library = torch.library.Library("landmark", "FRAGMENT")
+_library.define(
+    "ternary_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, SymInt out, bool reciprocal) -> Tensor"
+)
+
+
+def _run(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, out: int, reciprocal: bool) -> Tensor:
+    return cpu.linear(x, packed, scale, bias if bias is None else bias.to(x.dtype), out, reciprocal)[0]
+
+
+def _fake(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, out: int, reciprocal: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out)
+
+
+_library.impl("ternary_linear", _run, "CPU")
+torch.library.register_fake("landmark::ternary_linear", _fake, lib=_library)
+_ternary_linear = torch.ops.landmark.ternary_linear.default
+
+
+@torch.library.custom_op("landmark::bit_linear", mutates_args=())
+def _bit_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, and what the backward pass needs: x as numbers and factors, the weight packed and its scale."""
+    scale = absmean(weight)
+    fast = backend != "reference" and cpu.why_not(x, weight, bias) is None
+    packed = cpu.pack(weight, scale) if fast else pack(ternary(weight, scale))
+    run = cpu.linear if fast else reference.linear
+    y, numbers, factor = run(x, packed, scale, bias if bias is None else bias.to(x.dtype), weight.shape[0], False)
+    return y, numbers.contiguous(), factor, packed, scale
+
+
+@_bit_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> tuple[Tensor, ...]:
+    (out, width), wide = weight.shape, reference.wide(x)
+    return (
+        x.new_empty(*x.shape[:-1], out),
+        x.new_empty(*x.shape[:-1], width, dtype=torch.int8),
+        x.new_empty(*x.shape[:-1], 1, dtype=wide),
+        weight.new_empty(-(-out // reference.PER_BYTE), width, dtype=torch.uint8),
+        weight.new_empty(1, dtype=reference.wide(weight)),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, str | None], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+
+
+def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+    numbers, factor, packed, scale = ctx.saved_tensors
+    need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+    x_dtype, weight_dtype = ctx.dtypes
+    out = grad.shape[-1]
+    grad_x = grad_weight = None
+    if need_x:
+        weight = unpack(packed, out).to(grad.dtype) * scale.to(grad.dtype)
+        grad_x = linear(grad, weight.mT).to(x_dtype)
+    if need_weight:
+        rows = (grad / factor).to(grad.dtype).flatten(0, -2)
+        grad_weight = linear(rows.mT, numbers.flatten(0, -2).to(grad.dtype).mT).to(weight_dtype)
+    return grad_x, grad_weight, grad.flatten(0, -2).sum(0) if need_bias else None, None
+
+
+_bit_linear.register_autograd(_backward, setup_context=_setup)
+
+__all__ = ["Backend", "absmean", "bit_linear", "pack", "quantise_tokens", "ternary", "ternary_linear", "unpack", "why_not"]
