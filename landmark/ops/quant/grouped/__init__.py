@@ -72,8 +72,9 @@ def _restored(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bit
 
 
 @cache
-def _kernel(bits: int) -> Any:
-    return SOURCE.function(f"grouped_linear{bits}", *[c_void_p] * 5, *[c_int64] * 3, c_int, c_int)
+def _kernel(bits: int, dtype: torch.dtype) -> Any:
+    name = f"grouped{bits}_{'bf16' if dtype == torch.bfloat16 else 'f32'}"
+    return SOURCE.function(name, *[c_void_p] * 5, *[c_int64] * 3, c_int)
 
 
 _library = torch.library.Library("landmark", "FRAGMENT")
@@ -84,9 +85,9 @@ def _few(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: in
     x, out = x.contiguous(), codes.shape[0]
     y = torch.empty((*x.shape[:-1], out), dtype=x.dtype)
     threads = torch.get_num_threads() if codes.numel() > ONE_THREAD else 1
-    _kernel(bits)(
+    _kernel(bits, x.dtype)(
         x.data_ptr(), codes.data_ptr(), scales.data_ptr(), None if bias is None else bias.contiguous().data_ptr(),
-        y.data_ptr(), x.numel() // x.shape[-1], out, x.shape[-1], threads, x.dtype == torch.bfloat16,
+        y.data_ptr(), x.numel() // x.shape[-1], out, x.shape[-1], threads,
     )  # fmt: skip
     return y
 

@@ -28,16 +28,23 @@ INLINE float from_half(uint16_t h) {
 }
 
 // m rows of x as [pieces][m], zero beyond the end.
-static void pack(const void *x, Piece *out, int64_t m, int64_t n, int zero, int half) {
+INLINE void pack(const void *x, Piece *out, int64_t m, int64_t n, int zero, const int half) {
+    const vf magic = splat(12582912.0f);  // its last bits become the nearest whole number
     for (int64_t i = 0; i < m; i++)
         for (int64_t from = 0; from < n; from += STEP) {
             Piece *p = out + from / STEP * m + i;
             for (int g = 0; g < STEP; g += GROUP) {
-                float v[GROUP], top = 0;
-                for (int j = 0; j < GROUP; j++) v[j] = from + g + j < n ? get(x, i * n + from + g + j, half) : 0;
-                for (int j = 0; j < GROUP; j++) top = MAX(top, fabsf(v[j]));
-                const float scale = top / 127, inverse = top > 0 ? 127 / top : 0;
-                for (int j = 0; j < GROUP; j++) p->code[g + j] = (int8_t)lrintf(v[j] * inverse);
+                vf v[GROUP / W], top = splat(0);
+                for (int j = 0; j < GROUP / W; j++) {
+                    const int64_t at = from + g + j * W, left = n - at;
+                    v[j] = left >= W ? load(x, i * n + at, half) : left > 0 ? load_n(x, i * n + at, left, 0, half) : splat(0);
+                    top = vmax(top, vmax(v[j], -v[j]));
+                }
+                const float most = largest(top), scale = most / 127, inverse = most > 0 ? 127 / most : 0;
+                for (int j = 0; j < GROUP / W; j++) {
+                    const vi code = (vi)(v[j] * inverse + magic);
+                    for (int k = 0; k < W; k++) p->code[g + j * W + k] = (int8_t)code[k];
+                }
                 for (int j = 0; j < GROUP / 4; j++) p->scale[g / 4 + j] = scale;
             }
             for (int j = 0; j < STEP / 4; j++) {
@@ -96,61 +103,80 @@ INLINE float product(codes w, const Piece *p, pair scale, float acc) {
 }
 #endif
 
-// One row of W times M rows of x; `pieces` of 64 columns.
-INLINE void row(const uint8_t *w, const uint16_t *s, const Piece *x, int64_t m, int64_t pieces, total *acc, const int M, const int bits) {
-    for (int i = 0; i < M; i++) acc[i] = nothing();
-    for (int64_t k = 0; k < pieces; k += bits == 4 ? 2 : 1) {
-        __builtin_prefetch(w + AHEAD);
-        for (int high = 0; high < (bits == 4 ? 2 : 1) && k + high < pieces; high++, s += 2, x += m) {
-            const codes c = bits == 4 ? nibbles(w, high) : bytes(w);
-            __typeof__(scales(s)) scale = scales(s);
-            for (int i = 0; i < M; i++) acc[i] = product(c, x + i, scale, acc[i]);
-        }
-        w += STEP;
+// R rows of W times M rows of x; `pieces` of 64 columns. acc[R][M]
+INLINE void strip(const uint8_t *w, int64_t wide, const uint16_t *s, int64_t spread, const Piece *x, int64_t m, int64_t pieces,
+                  total *out, const int R, const int M, const int bits) {
+    total acc[2 * MANY];
+    for (int i = 0; i < R * M; i++) acc[i] = nothing();
+#pragma GCC unroll 1
+    for (int64_t k = 0; k < pieces; k += bits == 4 ? 2 : 1, w += STEP) {
+        for (int r = 0; r < R; r++) __builtin_prefetch(w + AHEAD + r * wide);
+        for (int high = 0; high < (bits == 4 ? 2 : 1) && k + high < pieces; high++, s += 2, x += m)
+            for (int r = 0; r < R; r++) {
+                const codes c = bits == 4 ? nibbles(w + r * wide, high) : bytes(w + r * wide);
+                const __typeof__(scales(s)) scale = scales(s + r * spread);
+                for (int i = 0; i < M; i++) acc[r * M + i] = product(c, x + i, scale, acc[r * M + i]);
+            }
+    }
+    for (int i = 0; i < R * M; i++) out[i] = acc[i];
+}
+
+INLINE void strips(int64_t left, const uint8_t *w, int64_t wide, const uint16_t *s, int64_t spread, const Piece *x, int64_t m,
+                   int64_t pieces, total *acc, const int R, const int bits) {
+    switch (left) {
+        case 1: strip(w, wide, s, spread, x, m, pieces, acc, R, 1, bits); break;
+        case 2: strip(w, wide, s, spread, x, m, pieces, acc, R, 2, bits); break;
+        case 3: strip(w, wide, s, spread, x, m, pieces, acc, R, 3, bits); break;
+        case 4: strip(w, wide, s, spread, x, m, pieces, acc, R, 4, bits); break;
+        case 5: strip(w, wide, s, spread, x, m, pieces, acc, R, 5, bits); break;
+        case 6: strip(w, wide, s, spread, x, m, pieces, acc, R, 6, bits); break;
+        case 7: strip(w, wide, s, spread, x, m, pieces, acc, R, 7, bits); break;
+        default: strip(w, wide, s, spread, x, m, pieces, acc, R, MANY, bits);
     }
 }
 
-INLINE void rows(int64_t left, const uint8_t *w, const uint16_t *s, const Piece *x, int64_t m, int64_t pieces, total *acc, const int bits) {
-    switch (left) {
-        case 1: row(w, s, x, m, pieces, acc, 1, bits); break;
-        case 2: row(w, s, x, m, pieces, acc, 2, bits); break;
-        case 3: row(w, s, x, m, pieces, acc, 3, bits); break;
-        case 4: row(w, s, x, m, pieces, acc, 4, bits); break;
-        case 5: row(w, s, x, m, pieces, acc, 5, bits); break;
-        case 6: row(w, s, x, m, pieces, acc, 6, bits); break;
-        case 7: row(w, s, x, m, pieces, acc, 7, bits); break;
-        default: row(w, s, x, m, pieces, acc, MANY, bits);
+// Rows [from, to) of W; two at a time where several rows of x are read with them.
+INLINE void share(const Piece *x, const uint8_t *w, const uint16_t *s, const void *bias, void *y, int64_t m, int64_t from, int64_t to,
+                  int64_t out, int64_t pieces, int64_t wide, const int bits, const int half) {
+    for (int64_t o = from; o < to;) {
+        const int R = m > 1 && o + 2 <= to ? 2 : 1;
+        for (int64_t i = 0; i < m; i += MANY) {
+            total acc[2 * MANY];
+            const int64_t here = MIN(MANY, m - i);
+            if (R == 2)
+                strips(here, w + o * wide, wide, s + o * pieces * 2, pieces * 2, x + i, m, pieces, acc, 2, bits);
+            else
+                strips(here, w + o * wide, wide, s + o * pieces * 2, pieces * 2, x + i, m, pieces, acc, 1, bits);
+            for (int r = 0; r < R; r++)
+                for (int64_t j = 0; j < here; j++)
+                    put(y, (i + j) * out + o + r, whole(acc[r * here + j]) + (bias ? get(bias, o + r, half) : 0), half);
+        }
+        o += R;
     }
 }
 
 INLINE void linear(const void *x, const uint8_t *w, const uint16_t *s, const void *bias, void *y, int64_t m, int64_t out, int64_t n,
-                   int threads, const int bits, int half) {
+                   int threads, const int bits, const int half) {
     const int64_t pieces = (n + STEP - 1) / STEP, wide = bits == 4 ? (pieces + 1) / 2 * STEP : pieces * STEP;
     Piece *packed = aligned_alloc(64, pieces * m * sizeof(Piece));
     if (!packed) abort();
     pack(x, packed, m, n, 1 << (bits - 1), half);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int t = 0; t < threads; t++)
-        for (int64_t o = out * t / threads; o < out * (t + 1) / threads; o++)
-            for (int64_t i = 0; i < m; i += MANY) {
-                total acc[MANY];
-                const int64_t here = MIN(MANY, m - i);
-                rows(here, w + o * wide, s + o * pieces * 2, packed + i, m, pieces, acc, bits);
-                for (int64_t j = 0; j < here; j++)
-                    put(y, (i + j) * out + o, whole(acc[j]) + (bias ? get(bias, o, half) : 0), half);
-            }
+        share(packed, w, s, bias, y, m, out * t / threads, out * (t + 1) / threads, out, pieces, wide, bits, half);
     free(packed);
 }
 
 // x [m, n], codes w [out, bytes], scales s [out, pieces * 2], bias [out] or null -> y [m, out]; x, bias and y of one type.
-void grouped_linear4(const void *x, const uint8_t *w, const uint16_t *s, const void *bias, void *y, int64_t m, int64_t out,
-                     int64_t n, int threads, int half) {
-    linear(x, w, s, bias, y, m, out, n, threads, 4, half);
-}
-void grouped_linear8(const void *x, const uint8_t *w, const uint16_t *s, const void *bias, void *y, int64_t m, int64_t out,
-                     int64_t n, int threads, int half) {
-    linear(x, w, s, bias, y, m, out, n, threads, 8, half);
-}
+#define EXPORT(NAME, BITS, HALF)                                                                                             \
+    void NAME(const void *x, const uint8_t *w, const uint16_t *s, const void *bias, void *y, int64_t m, int64_t out, int64_t n, \
+              int threads) {                                                                                                 \
+        linear(x, w, s, bias, y, m, out, n, threads, BITS, HALF);                                                            \
+    }
+EXPORT(grouped4_f32, 4, 0)
+EXPORT(grouped4_bf16, 4, 1)
+EXPORT(grouped8_f32, 8, 0)
+EXPORT(grouped8_bf16, 8, 1)
 
 // Codes w [rows, bytes] and scales s [rows, pieces * 2] -> y [rows, n].
 void grouped_restore(const uint8_t *w, const uint16_t *s, void *y, int64_t rows, int64_t n, int bits, int threads, int half) {
