@@ -31,6 +31,9 @@ class Event:
     text: str  # what has become certain with it
     logprob: float | None
     finish: Finish | None  # why it is the last one
+    top: tuple[
+        tuple[int, float], ...
+    ] = ()  # the likeliest tokens and their log-probabilities, where they are asked for
 
 
 @dataclass(slots=True)
@@ -41,6 +44,14 @@ class Answer:
     text: str | None  # None without a tokenizer
     logprobs: list[float] | None
     finish: Finish
+
+    def add(self, event: Event) -> None:
+        self.tokens.append(event.token)
+        if self.text is not None:
+            self.text += event.text
+        if self.logprobs is not None and event.logprob is not None:
+            self.logprobs.append(event.logprob)
+        self.finish = event.finish or "length"
 
 
 @dataclass(slots=True)
@@ -54,17 +65,21 @@ class Request:
     stop_ids: frozenset[int]
     text: TextStream | None = None
 
-    def event(self, token: int, logprob: float | None) -> Event:
+    def event(
+        self, token: int, logprob: float | None, top: tuple[tuple[int, float], ...] = (), complete: bool = False
+    ) -> Event:
+        """What one more token means; `complete`: nothing may follow it."""
         self.room -= 1
-        finish: Finish | None = "stop" if token in self.stop_ids else "length" if self.room <= 0 else None
+        ends = token in self.stop_ids
+        finish: Finish | None = "stop" if ends or complete else "length" if self.room <= 0 else None
         text = ""
         if self.text is not None:
-            text = "" if finish == "stop" else self.text.feed(token)
+            text = "" if ends else self.text.feed(token)
             if finish and not self.text.stopped:
                 text += self.text.finish()
             if self.text.stopped:
                 finish = "stop"
-        return Event(self.index, token, text, logprob, finish)
+        return Event(self.index, token, text, logprob, finish, top)
 
 
 def generate(
@@ -78,13 +93,7 @@ def generate(
     """Answers to prompts (token ids; an encoder-decoder's sources), in their order; parameters as in `stream`."""
     answers = [Answer([], None if tokenizer is None else "", None if logprobs is None else [], "stop") for _ in prompts]
     for event in stream(model, prompts, sampling, tokenizer=tokenizer, logprobs=logprobs):
-        answer = answers[event.index]
-        answer.tokens.append(event.token)
-        if answer.text is not None:
-            answer.text += event.text
-        if answer.logprobs is not None and event.logprob is not None:
-            answer.logprobs.append(event.logprob)
-        answer.finish = event.finish or "length"
+        answers[event.index].add(event)
     return answers
 
 

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+BROKEN = "the model's logits are not numbers (NaN); its weights are broken or overflow in this dtype"
 Logprobs = Literal["model", "sampled"]  # before all of the above, or of the distribution that was drawn from
 
 
@@ -120,33 +121,59 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulated, (uniform[:, None] * cumulated[:, -1:]).contiguous()).squeeze(1)
 
 
-@dataclass
-class _Row:
+@dataclass(eq=False)
+class Row:
+    """What one request's next token depends on besides the logits: settings, history, random numbers."""
+
     settings: Sampling
     prompt: Sequence[int]
     random: random.Random
     answer: list[int] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, settings: Sampling, prompt: Sequence[int], vocab: int) -> Row:
+        """Raises ValueError for settings that name a token which the vocabulary lacks."""
+        for token in (*settings.logit_bias, *(settings.stop_ids or ())):
+            if token >= vocab:
+                raise ValueError(f"token id {token} is not in a vocabulary of {vocab}")
+        return cls(settings, prompt, random.Random(settings.seed))
+
 
 class Sampler:
     """Picks the next tokens of a batch of requests, each by its own settings, history and random numbers."""
 
-    def __init__(self, settings: Sequence[Sampling], prompts: Sequence[Sequence[int]], vocab: int) -> None:
+    def __init__(
+        self, settings: Sequence[Sampling] = (), prompts: Sequence[Sequence[int]] = (), vocab: int = 0
+    ) -> None:
         self.vocab = vocab
-        self._rows = [_Row(s, prompt, random.Random(s.seed)) for s, prompt in zip(settings, prompts, strict=True)]
-        for s in settings:
-            for token in (*s.logit_bias, *(s.stop_ids or ())):
-                if token >= vocab:
-                    raise ValueError(f"token id {token} is not in a vocabulary of {vocab}")
+        self._rows = [Row.of(s, prompt, vocab) for s, prompt in zip(settings, prompts, strict=True)]
         self._device: torch.device | None = None
+        self._in_prompt = self._counts = torch.empty(0)
+        self._kept: dict[Row, int] = {}  # rows whose histories the tensors hold, and where
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep the requests `rows`, in this order."""
-        self._rows = [self._rows[row] for row in rows]
-        self._device = None
+        self.arrange([self._rows[row] for row in rows])
+
+    def arrange(self, rows: Sequence[Row]) -> None:
+        """These requests from now on, in this order, some of them perhaps new."""
+        if rows != self._rows:
+            self._rows, self._device = list(rows), None
 
     def __call__(self, logits: Tensor, logprobs: Logprobs | None = None) -> tuple[list[int], list[float] | None]:
         """The next token of every request from logits [B, vocab], and its log-probability if that is wanted."""
+        tokens, processed = self.sample(logits)
+        if max(tokens) >= self.vocab:
+            raise ValueError(BROKEN)
+        if logprobs is None:
+            return tokens, None
+        distribution = self.log_distribution(logits, processed, list(range(len(tokens))), logprobs)
+        return tokens, distribution.gather(1, torch.tensor(tokens, device=logits.device)[:, None]).squeeze(1).tolist()
+
+    def sample(self, logits: Tensor) -> tuple[list[int], Tensor]:
+        """The next token of every request from logits [B, vocab], and the logits that it was drawn from.
+
+        The token is `vocab` where those are not numbers."""
         processed = self.process(logits)
         picked = processed.argmax(1)
         if not self._greedy_all:
@@ -154,20 +181,20 @@ class Sampler:
             drawn = draw(processed, torch.tensor(numbers, dtype=torch.float64, device=logits.device))
             picked = torch.where(self._greedy, picked, drawn)
         tokens: list[int] = picked.tolist()
-        if max(tokens) >= self.vocab:
-            raise ValueError(
-                "the model's logits are not numbers (NaN); its weights are broken or overflow in this dtype"
-            )
         for row, token in zip(self._rows, tokens, strict=True):
             row.answer.append(token)
         if self._penalised:
-            self._counts[torch.arange(len(tokens), device=picked.device), picked] += 1
-        if logprobs is None:
-            return tokens, None
-        chosen = _wide(logits if logprobs == "model" else processed).log_softmax(1).gather(1, picked[:, None])
-        if logprobs == "sampled":
-            chosen = chosen.masked_fill(self._greedy[:, None], 0.0)
-        return tokens, chosen.squeeze(1).tolist()
+            self._counts[torch.arange(len(tokens), device=picked.device), picked.clamp(max=self.vocab - 1)] += 1
+        return tokens, processed
+
+    def log_distribution(self, logits: Tensor, processed: Tensor, rows: Sequence[int], which: Logprobs) -> Tensor:
+        """[rows, vocab]: log-probabilities of some of the requests, of the model's own or the sampled distribution."""
+        index = torch.tensor(rows, device=logits.device)
+        if which == "model":
+            return _wide(logits[index]).log_softmax(1)
+        x = _wide(processed[index])
+        only = torch.full_like(x, -math.inf).scatter_(1, x.argmax(1, keepdim=True), 0.0)
+        return torch.where(self._greedy[index, None], only, x.log_softmax(1))
 
     def process(self, logits: Tensor) -> Tensor:
         """The logits [B, vocab] of the distributions that the next tokens are drawn from, by now."""
@@ -207,13 +234,23 @@ class Sampler:
                 for token, bias in row.settings.logit_bias.items():
                     self._bias[n, token] = bias
         if self._penalised:
-            self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=device)
-            self._counts = torch.zeros(shape, device=device)
-            for n, row in enumerate(self._rows):
-                self._in_prompt[n, torch.tensor(row.prompt, dtype=torch.long, device=device)] = True
-                said = torch.tensor(row.answer, dtype=torch.long, device=device)
-                self._counts[n].index_add_(0, said, torch.ones(len(said), device=device))
+            self._recount(shape, device)
+        else:
+            self._kept = {}
         self._work = self._penalised or self._bias is not None or not self._greedy_all
+
+    def _recount(self, shape: tuple[int, int], device: torch.device) -> None:
+        """Histories as tensors [B, V]: those that were there move, new ones are counted."""
+        in_prompt, counts = torch.zeros(shape, dtype=torch.bool, device=device), torch.zeros(shape, device=device)
+        for n, row in enumerate(self._rows):
+            if (before := self._kept.get(row)) is not None:
+                in_prompt[n], counts[n] = self._in_prompt[before], self._counts[before]
+                continue
+            in_prompt[n, torch.tensor(row.prompt, dtype=torch.long, device=device)] = True
+            said = torch.tensor(row.answer, dtype=torch.long, device=device)
+            counts[n].index_add_(0, said, torch.ones(len(said), device=device))
+        self._in_prompt, self._counts = in_prompt, counts
+        self._kept = {row: n for n, row in enumerate(self._rows)}
 
     def _some(self, name: str, neutral: float) -> bool:
         return any(getattr(row.settings, name) != neutral for row in self._rows)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ctx import Bounds, Ctx
+from .paged import Blocks, PagedKV
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Place:
 
 class KVCache:
     """Keys and values of every token, up to `capacity`; memory is taken as sequences grow."""
+
+    window: int | None = None
 
     def __init__(
         self, slots: int, capacity: int, heads: int, k_dim: int, v_dim: int, dtype: torch.dtype, device: torch.device
@@ -76,6 +79,10 @@ class KVCache:
             new = old.new_zeros(*old.shape[:2], size, old.shape[3])
             new[:, :, : old.shape[2]] = old
             setattr(self, name, new)
+
+    def paged(self, blocks: Blocks) -> PagedKV:
+        """The same of all sequences of an engine, in blocks."""
+        return PagedKV(self.k, self.v, blocks)
 
     def select(self, slots: Tensor) -> None:
         self.k, self.v = self.k[slots], self.v[slots]
@@ -124,6 +131,10 @@ class WindowCache:
             return k, v, bounds
         held = torch.cat(ks, 1).transpose(0, 1)[None], torch.cat(vs, 1).transpose(0, 1)[None]
         return *held, Bounds.of_lengths(lengths)
+
+    def paged(self, blocks: Blocks) -> PagedKV:
+        """The same of all sequences of an engine, in blocks, which are given back as they fall out of the window."""
+        return PagedKV(self.k, self.v, blocks)
 
     def select(self, slots: Tensor) -> None:
         self.k, self.v = self.k[slots], self.v[slots]

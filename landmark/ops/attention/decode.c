@@ -1,6 +1,7 @@
 // Attention of one query a sequence over its cached keys and values, in one pass over both (online softmax, Milakov and
 // Gimelshein 2018). Query heads that share a key head share what is read of it; long caches are cut into parts of fixed
-// length, attended apart and merged in order (Flash-Decoding, Dao et al. 2023), so that threads change no bit.
+// length, attended apart and merged in order (Flash-Decoding, Dao et al. 2023), so that threads change no bit. The cache
+// may lie in pages, wherever they are (PagedAttention, Kwon et al. 2023).
 #include <stdlib.h>
 #include "vector.h"
 
@@ -17,9 +18,10 @@ typedef struct {
     const char *q, *k, *v; // q [slots, heads, d] and out [slots, heads, dv] contiguous
     void *out;
     const int64_t *first, *counts; // slot i sees keys first[i] .. first[i] + counts[i]
+    const int64_t *tables; // null, or [slots, pages]: key t of slot i is key t % page of page tables[i, t / page]
     int64_t slots, heads, kv_heads, d, dv, longest;
     int64_t k_slot, k_token, k_head, v_slot, v_token, v_head; // strides in elements
-    int64_t threads;
+    int64_t pages, page, threads;
     float scale, cap; // cap 0: none
 } Call;
 
@@ -183,11 +185,17 @@ INLINE void part(const Call *c, int64_t slot, int64_t head, int64_t from, int64_
     float *top = acc + group * dv, *total = top + group;
     memset(acc, 0, group * dv * sizeof *acc);
     for (int64_t g = 0; g < group; g++) top[g] = -INFINITY, total[g] = 0;
-    for (int64_t t = from; t < end; t += BLOCK) {
-        const int64_t n = MIN(BLOCK, end - t), at = c->first[slot] + t;
+    for (int64_t t = from, n; t < end; t += n) {
+        int64_t at = c->first[slot] + t, row = slot;
+        n = MIN(BLOCK, end - t);
+        if (c->tables) {
+            row = c->tables[slot * c->pages + at / c->page];
+            at %= c->page;
+            n = MIN(n, c->page - at);
+        }
         const char *q = c->q + (slot * c->heads + head * group) * d * size;
-        const char *k = c->k + (slot * c->k_slot + at * c->k_token + head * c->k_head) * size;
-        const char *v = c->v + (slot * c->v_slot + at * c->v_token + head * c->v_head) * size;
+        const char *k = c->k + (row * c->k_slot + at * c->k_token + head * c->k_head) * size;
+        const char *v = c->v + (row * c->v_slot + at * c->v_token + head * c->v_head) * size;
         int64_t g = 0;
         for (; g + 4 <= group; g += 4) attend(c, q + g * d * size, k, v, n, acc + g * dv, top + g, total + g, 4, half, pair);
         for (; g + 2 <= group; g += 2) attend(c, q + g * d * size, k, v, n, acc + g * dv, top + g, total + g, 2, half, pair);

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ...ctx import Bounds
 from ..native import Source
+from .pages import Pages
 
 SOURCE = Source(Path(__file__).with_name("decode.c"))
 KERNELS = {torch.float32: "decode_f32", torch.bfloat16: "decode_bf16"}
 SMALL = 1 << 15  # multiplications below which a second thread costs more than it does
-_pack = Struct("6P13q2f").pack  # decode.c's Call
+_pack = Struct("7P15q2f").pack  # decode.c's Call
 
 
 @cache
@@ -26,8 +27,9 @@ def _kernel(dtype: torch.dtype) -> Any:
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, k_bounds: Bounds) -> str | None:
-    """None if the kernel can serve q [B, 1, heads, d] over k and v [B, S, kv_heads, d], else why not."""
-    if not (bounds.width == 1 and bounds.dense and k_bounds.one_a_row and k_bounds.rows == bounds.rows):
+    """None if the kernel can serve q [B, 1, heads, d] over k, v [B, S, kv_heads, d] or pages, else why not."""
+    apart = isinstance(k_bounds, Pages) or (k_bounds.one_a_row and k_bounds.rows == bounds.rows)
+    if not (bounds.width == 1 and bounds.dense and apart):
         return "it takes one query a sequence, whose keys are in the same row"
     if q.device.type != "cpu" or q.dtype not in KERNELS or not q.dtype == k.dtype == v.dtype:
         return "it takes float32 and bfloat16 on cpu"
@@ -45,13 +47,20 @@ def decode(
 ) -> Tensor:
     """softmax(q k^T * scale) v -> [B, 1, heads, d_v], for arguments that `why_not` accepts."""
     slots, _, heads, d = q.shape
-    kv_heads, dv = v.shape[2:]
     first, counts, longest, _ = k_bounds.memo(("decode", window), lambda: _seen(k_bounds, window))
+    if isinstance(k_bounds, Pages):
+        tables, pages, page = k_bounds.tables.data_ptr(), k_bounds.tables.shape[1], k_bounds.size
+        kv_heads, dv = v.shape[1], v.shape[3]
+        strides = [x.stride(axis) for x in (k, v) for axis in (0, 2, 1)]
+    else:
+        tables, pages, page = 0, 0, 0
+        kv_heads, dv = v.shape[2:]
+        strides = [*k.stride()[:3], *v.stride()[:3]]
     q, out = q.contiguous(), q.new_empty(slots, 1, heads, dv)
     threads = torch.get_num_threads() if slots * heads * longest * d > SMALL else 1
     call = _pack(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), first, counts, slots, heads, kv_heads, d, dv,
-        longest, *k.stride()[:3], *v.stride()[:3], threads, scale, softcap or 0.0,
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), first, counts, tables, slots, heads, kv_heads, d, dv,
+        longest, *strides, pages, page, threads, scale, softcap or 0.0,
     )  # fmt: skip
     _kernel(q.dtype)(call)
     return out
@@ -60,6 +69,8 @@ def decode(
 def _seen(k_bounds: Bounds, window: int | None) -> tuple[int, int, int, Tensor]:
     """Addresses of where in its row each query's keys begin and of how many there are; the most; what holds both."""
     counts = [length if window is None else min(window, length) for _, length in k_bounds.sequences]
-    starts = [start % k_bounds.width + n - m for (start, n), m in zip(k_bounds.sequences, counts, strict=True)]
+    paged = isinstance(k_bounds, Pages)  # then tokens are counted from the first one in the table
+    firsts = [0 if paged else start % k_bounds.width for start, _ in k_bounds.sequences]
+    starts = [at + n - m for at, (_, n), m in zip(firsts, k_bounds.sequences, counts, strict=True)]
     seen = torch.tensor([starts, counts])
     return seen[0].data_ptr(), seen[1].data_ptr(), max(counts), seen

@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from ...ctx import Bounds
 from . import cpu, decode
+from .pages import Pages
 from .reference import reference
 
 
@@ -40,9 +41,15 @@ def attention(
     (over q) sees sequence i of `k_bounds` (over k and v; default: the same); the last query stands at the last key.
     kv_heads divides heads (Ainslie et al. 2023). A query sees keys at a distance below `window`; `softcap` squashes
     scores to cap * tanh(score / cap) (Gemma 2); `bias` [B, heads, T, S] is added to scaled scores (needs B' = B).
-    Tokens outside of every sequence come out as zeros. Raises ValueError if a forced `backend` cannot serve the call.
+    Tokens outside of every sequence come out as zeros. With `Pages` as k_bounds, k and v are pools of blocks
+    [blocks, kv_heads, size, d]. Raises ValueError if a forced `backend` cannot serve the call.
     """
     k_bounds = k_bounds or bounds
+    masks: Masks = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+    if isinstance(k_bounds, Pages):
+        if bias is not None or dropout:
+            raise ValueError("attention over pages has no bias and no dropout; it serves generation")
+        return _paged(q, k, v, bounds, k_bounds, backend, masks)
     if backend is None:
         backend = _pick(q, k, v, bounds, k_bounds, softcap, dropout, bias)
     elif reason := why_not(
@@ -51,7 +58,6 @@ def attention(
         raise ValueError(f"attention backend {backend!r} cannot serve this call: {reason}")
     if backend == "decode":
         return decode.decode(q, k, v, k_bounds, scale=scale, window=window, softcap=softcap)
-    masks: Masks = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
     if backend == "cpu":
         return cpu.attend(q, k, v, bounds=bounds, k_bounds=k_bounds, **masks)
     if backend == "reference":
@@ -65,6 +71,37 @@ class Masks(TypedDict):
     causal: bool
     window: int | None
     softcap: float | None
+
+
+def _paged(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, pages: Pages, backend: str | None, masks: Masks
+) -> Tensor:  # fmt: skip
+    """One new token of the first sequences each, answered from their pages; longer parts of the others, whose keys and
+    values are gathered."""
+    scale, window, softcap = masks["scale"], masks["window"], masks["softcap"]
+    if backend in (None, "decode") and decode.why_not(q, k, v, bounds, pages) is None:
+        return decode.decode(q, k, v, pages, scale=scale, window=window, softcap=softcap)
+    ones = bounds.memo("ones", lambda: _leading_ones(bounds)) if backend is None else 0
+    if ones:
+        first, rest, rest_pages = bounds.memo(("split", pages.key), lambda: _split(bounds, pages, ones))
+        alone = q[0, :ones, None]
+        if decode.why_not(alone, k, v, Bounds(ones, 1), first) is None:
+            done = decode.decode(alone, k, v, first, scale=scale, window=window, softcap=softcap)
+            late = attention(q[:, ones:], k, v, bounds=rest, k_bounds=rest_pages, **masks)
+            return torch.cat([done.transpose(0, 1), late], 1)
+    keys, values = pages.gather(k), pages.gather(v)
+    return attention(q, keys, values, bounds=bounds, k_bounds=pages.gathered, backend=backend, **masks)
+
+
+def _leading_ones(bounds: Bounds) -> int:
+    """How many sequences of one token stand first in a flat row."""
+    if bounds.rows > 1:
+        return 0
+    return next((n for n, (start, length) in enumerate(bounds.sequences) if (start, length) != (n, 1)), 0)
+
+
+def _split(bounds: Bounds, pages: Pages, ones: int) -> tuple[Pages, Bounds, Pages]:
+    return pages[:ones], Bounds.of_lengths(tuple(n for _, n in bounds.sequences[ones:])), pages[ones:]
 
 
 def _pick(

@@ -1,0 +1,109 @@
+"""Who runs next: continuous batching (Orca, Yu et al. 2022) with prompts read in chunks between the others' tokens
+(Sarathi, Agrawal et al. 2023), and recomputation for who had to give way (vLLM, Kwon et al. 2023)."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .request import Run
+from .store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The next `count` tokens of a sequence; `last` if the one after them is to be drawn."""
+
+    run: Run
+    count: int
+    last: bool
+
+
+class Scheduler:
+    """Waiting sequences and running ones, in the order of their urgency. `preempted` counts those that gave way."""
+
+    def __init__(self, store: Store, *, max_batch: int, chunk: int) -> None:
+        self.store, self.max_batch, self.chunk = store, max_batch, chunk
+        self.running: list[Run] = []
+        self._waiting: list[tuple[tuple[float, int, int], Run]] = []
+        self.preempted = 0
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.running or self._waiting)
+
+    def add(self, run: Run) -> None:
+        heapq.heappush(self._waiting, (run.urgency, run))
+
+    def finish(self, run: Run) -> None:
+        """It leaves; what it held is free."""
+        self.running.remove(run)
+        self.store.release(run)
+
+    def again(self, run: Run) -> None:
+        """A running sequence is to be read anew, from its first token."""
+        self.finish(run)
+        self.add(run)
+
+    def withdraw(self, runs: Iterable[Run]) -> None:
+        """They leave, wherever they are."""
+        gone = set(runs)
+        for run in [run for run in self.running if run in gone]:
+            self.finish(run)
+        if any(run in gone for _, run in self._waiting):
+            self._waiting = [entry for entry in self._waiting if entry[1] not in gone]
+            heapq.heapify(self._waiting)
+
+    def plan(self) -> list[Work]:
+        """The next call of the model: one token of everyone who writes, then as much of prompts as a chunk holds."""
+        budget, works = self.chunk, []
+        at = 0
+        while at < len(self.running):
+            run = self.running[at]
+            at += 1
+            if (count := self._count(run, budget)) == 0:
+                continue
+            if not self._make_room(run, run.computed + count):
+                continue
+            budget -= count if run.pending > 1 else 0
+            works.append(Work(run, count, run.computed + count == len(run.tokens)))
+        works += self._admit(budget)
+        works.sort(key=lambda work: work.count > 1)
+        return works
+
+    def _count(self, run: Run, budget: int) -> int:
+        if run.pending == 1:
+            return 1
+        return self.store.stop_before(run, min(run.pending, budget))
+
+    def _make_room(self, run: Run, length: int) -> bool:
+        """Blocks for `length` tokens of a running sequence; the least urgent ones give theirs, itself if it is one."""
+        while not self.store.reserve(run, length):
+            last = self.running.pop()
+            self.store.release(last)
+            self.add(last)
+            self.preempted += 1
+            if last is run:
+                return False
+        return True
+
+    def _admit(self, budget: int) -> list[Work]:
+        works = []
+        while self._waiting and budget > 0 and len(self.running) < self.max_batch:
+            run = self._waiting[0][1]
+            if not self.store.admit(run):
+                break
+            heapq.heappop(self._waiting)
+            self.running.append(run)
+            self.running.sort(key=lambda each: each.urgency)
+            count = self.store.stop_before(run, min(run.pending, budget))
+            fits = self.store.reserve(run, run.computed + count)
+            assert fits, "a sequence was admitted without room for its prompt"
+            budget -= count
+            works.append(Work(run, count, run.computed + count == len(run.tokens)))
+        return works

@@ -1,0 +1,318 @@
+"""What the engine remembers of all sequences, within one budget of memory.
+
+The model's own decoding state says what it is made of. What can live in blocks does: layers that see everything form
+one group, those with a window of one length another, whose blocks are given back as they fall out of it. What has a
+fixed size a sequence has a slot. So attention, recurrences and any mixture of them are one case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...ctx import State
+from ...models.decoder import Decoder
+from ...nn.cache import SlotState
+from ...nn.paged import Blocks, Pageable
+from ...ops.attention.pages import Pages
+from .pool import Pool
+from .radix import PrefixTree, first_seen
+from .request import Run
+
+UNLIMITED = 1 << 40  # a capacity for models without an end to their context
+SNAPSHOTS = 16  # slots for copies of states, at most so many for each one that runs
+
+
+@dataclass
+class Group:
+    """Layers that forget alike: their blocks, who has them, and the tables of all running sequences."""
+
+    window: int | None
+    blocks: Blocks
+    pool: Pool
+    tables: np.ndarray = field(repr=False)  # [max_batch, most blocks]
+
+
+class Slots:
+    """Tensors of a fixed size a sequence: [slots, ...] for all of them, and the present call's in `state`."""
+
+    def __init__(self, state: SlotState, count: int) -> None:
+        self.state = state
+        self._fresh = dict(state.tensors)
+        self._all = {name: x.expand(count, *x.shape[1:]).clone() for name, x in state.tensors.items()}
+
+    def gather(self, slots: Tensor) -> None:
+        self.state.tensors = {name: x.index_select(0, slots) for name, x in self._all.items()}
+
+    def scatter(self, slots: Tensor) -> None:
+        for name, x in self._all.items():
+            x.index_copy_(0, slots, self.state.tensors[name])
+
+    def copy(self, source: int, target: int) -> None:
+        for x in self._all.values():
+            x[target] = x[source]
+
+    def clear(self, slot: int) -> None:
+        for name, x in self._all.items():
+            x[slot] = self._fresh[name][0]
+
+
+class Store:
+    """State for up to `max_batch` sequences at once within `memory` bytes, and what is kept of earlier ones.
+
+    Raises ValueError for a budget that not even one sequence fits, and for layers whose state it cannot keep.
+    """
+
+    def __init__(
+        self, model: Decoder, *, memory: int, max_batch: int, block: int, chunk: int, prefixes: bool, interval: int
+    ) -> None:
+        self.block, self.max_batch, self.prefixes, self.interval = block, max_batch, prefixes, interval
+        context = model.cfg.context
+        self._state = model.new_state(1, UNLIMITED if context is None else context)
+        pageable: dict[int | None, list[Pageable]] = {}
+        slotted: list[SlotState] = []
+        for leaf in self._state.leaves():
+            if isinstance(leaf, Pageable):
+                pageable.setdefault(leaf.window, []).append(leaf)
+            elif isinstance(leaf, SlotState):
+                slotted.append(leaf)
+            else:
+                raise ValueError(f"the engine cannot keep a {type(leaf).__name__}; use landmark.infer.generate for it")
+        plan = Plan.of(pageable, slotted, memory, max_batch, block, chunk, context)
+        self.groups: list[Group] = []
+        pages: dict[int, Any] = {}
+        for window, count in plan.blocks.items():
+            blocks = Blocks(count, block, model.device)
+            longest = context if window is None else window + chunk
+            most = count if longest is None else min(count, -(-longest // block) + 1)
+            self.groups.append(Group(window, blocks, Pool(count), np.zeros((max_batch, most), np.int64)))
+            pages |= {id(leaf): leaf.paged(blocks) for leaf in pageable[window]}
+        self._state.layers = [_replaced(layer, pages) for layer in self._state.layers]
+        self.slots = [Slots(leaf, plan.slots) for leaf in slotted]
+        self.slot_pool = Pool(plan.slots) if slotted else None
+        self._lines = list(range(max_batch))[::-1]
+        self.device = model.device
+        self.capacity = min([g.pool.count * block for g in self.groups if g.window is None], default=UNLIMITED)
+        needed = [g.pool for g in self.groups if g.window is None]
+        windows = {g.pool: g.window for g in self.groups if g.window is not None}
+        self.tree = PrefixTree(block, needed, windows, self.slot_pool)
+
+    # -- what sequences hold ---------------------------------------------------------------------------------------
+
+    def admit(self, run: Run) -> bool:
+        """Give a sequence what it needs to begin, after the longest beginning that is remembered; False: no room."""
+        if not self._lines or (self.slot_pool is not None and not self.slot_pool.available):
+            return False
+        use = self.prefixes and not run.ticket.scoring
+        path = self.tree.path(run.tokens[:-1]) if use else []
+        depth = self.tree.usable(path)
+        run.computed = depth * self.block
+        for group in self.groups:
+            first = 0 if group.window is None else first_seen(run.computed, group.window, self.block)
+            numbers = [path[i].held[group.pool] for i in range(first, depth)]
+            for number in numbers:
+                group.pool.hold(number)
+            run.tables.append(numbers)
+            run.gone.append(first)
+        if any(self._lacking(run, g, len(run.tokens)) > group.pool.available for g, group in enumerate(self.groups)):
+            self._let_go(run)
+            return False
+        run.line = self._lines.pop()
+        for g, group in enumerate(self.groups):
+            group.tables[run.line, : len(run.tables[g])] = run.tables[g]
+        run.node, run.depth = path[depth - 1] if depth else self.tree.root, depth
+        run.branch = len(path) * self.block if self.slot_pool is not None else 0
+        if self.slot_pool is not None:
+            source = path[depth - 1].held[self.slot_pool] if depth else -1
+            if depth:
+                self.slot_pool.hold(source)
+            run.slot = self.slot_pool.take()
+            for slots in self.slots:
+                slots.copy(source, run.slot) if depth else slots.clear(run.slot)
+            if depth:
+                self.slot_pool.release(source)
+        return True
+
+    def reserve(self, run: Run, length: int) -> bool:
+        """Blocks for the first `length` tokens of a sequence; False, and nothing is taken, if there are too few."""
+        lacking = [self._lacking(run, g, length) for g in range(len(self.groups))]
+        if not any(lacking):
+            return True
+        if any(n > group.pool.available for n, group in zip(lacking, self.groups, strict=True)):
+            return False
+        for g, (n, group) in enumerate(zip(lacking, self.groups, strict=True)):
+            table = run.tables[g]
+            for _ in range(n):
+                number = group.pool.take()
+                group.tables[run.line, len(table)] = number
+                table.append(number)
+        return True
+
+    def _lacking(self, run: Run, g: int, length: int) -> int:
+        """Blocks that a group has yet to give for `length` tokens; through a window, not all of them at once."""
+        group = self.groups[g]
+        wanted = -(-length // self.block) - run.gone[g]
+        if group.window is not None:
+            wanted = min(wanted, group.tables.shape[1])
+        return max(0, wanted - len(run.tables[g]))
+
+    def release(self, run: Run) -> None:
+        """Take back all that a sequence holds; it may begin again."""
+        self._let_go(run)
+        if self.slot_pool is not None:
+            self.slot_pool.release(run.slot)
+        self._lines.append(run.line)
+        run.line = run.slot = -1
+        run.node, run.depth = None, 0
+
+    def _let_go(self, run: Run) -> None:
+        for table, group in zip(run.tables, self.groups, strict=True):
+            for number in reversed(table):  # texts are forgotten from their ends
+                group.pool.release(number)
+        run.tables, run.gone, run.computed = [], [], 0
+
+    # -- one call of the model -------------------------------------------------------------------------------------
+
+    def bind(self, runs: Sequence[Run], counts: Sequence[int]) -> State:
+        """The state in which sequence i is runs[i], which `counts[i]` tokens will extend."""
+        lengths = [run.computed for run in runs]
+        lines, new = np.array([run.line for run in runs]), np.array(counts)
+        past = np.array(lengths)
+        ends = np.cumsum(new)
+        index = np.repeat(np.arange(len(runs)), new)
+        within = np.arange(ends[-1]) - (ends - new)[index]
+        for g, group in enumerate(self.groups):
+            held = past if group.window is None else past - np.array([run.gone[g] for run in runs]) * self.block
+            at = held[index] + within
+            totals = held + new
+            tables = group.tables[lines, : -(-int(totals.max()) // self.block)]
+            group.blocks.block = torch.from_numpy(tables[index, at // self.block]).to(self.device)
+            group.blocks.offset = torch.from_numpy(at % self.block).to(self.device)
+            group.blocks.pages = Pages.of(torch.from_numpy(tables), totals.tolist(), self.block, g)
+        if self.slots:
+            self._bound = torch.tensor([run.slot for run in runs], device=self.device)
+            for slots in self.slots:
+                slots.gather(self._bound)
+        self._state.lengths = lengths
+        return self._state
+
+    def commit(self, runs: Sequence[Run], counts: Sequence[int]) -> None:
+        """The call of `bind` was made: remember what it computed, give back what has fallen out of windows."""
+        for slots in self.slots:
+            slots.scatter(self._bound)
+        for run, n in zip(runs, counts, strict=True):
+            run.computed += n
+            if self.prefixes:
+                self._remember(run)
+            for g, group in enumerate(self.groups):
+                if group.window is not None:
+                    self._pass_by(run, g, group)
+
+    def _pass_by(self, run: Run, g: int, group: Group) -> None:
+        assert group.window is not None
+        past = first_seen(run.computed, group.window, self.block) - run.gone[g]
+        if past > 0:
+            for number in reversed(run.tables[g][:past]):
+                group.pool.release(number)
+            del run.tables[g][:past]
+            run.gone[g] += past
+            group.tables[run.line, : len(run.tables[g])] = run.tables[g]
+
+    def _remember(self, run: Run) -> None:
+        """Put whole blocks into the tree, and a copy of the state where one is worth it."""
+        depth, left = divmod(run.computed, self.block)
+        keep = self.slot_pool is not None and not left and self._worth(run)
+        if (depth == run.depth and not keep) or not (self.groups or keep):
+            return
+        if run.node is None or not run.node.attached:
+            run.node, run.depth = self.tree.root, 0
+        node = run.node
+        for i in range(run.depth, depth):
+            node = self.tree.child(node, tuple(run.tokens[i * self.block : (i + 1) * self.block]))
+            for g, group in enumerate(self.groups):
+                if i >= run.gone[g]:
+                    node.keep(group.pool, run.tables[g][i - run.gone[g]])
+        run.node, run.depth = node, depth
+        if keep and self.slot_pool is not None:
+            self._copy_state(run, self.slot_pool)
+
+    def _copy_state(self, run: Run, pool: Pool) -> None:
+        node = run.node
+        assert node is not None
+        if pool in node.held:
+            pool.touch(node.held[pool])
+        elif pool.available and pool.count > self.max_batch:
+            number = pool.take()
+            if node.attached:  # what was forgotten for it was not this text's only longer one
+                for slots in self.slots:
+                    slots.copy(run.slot, number)
+                node.keep(pool, number)
+            pool.release(number)
+
+    def _worth(self, run: Run) -> bool:
+        return run.computed % self.interval == 0 or run.computed in (run.branch, self._last(run))
+
+    def _last(self, run: Run) -> int:
+        """The end of the last whole block that all prompts with this one's beginning can start after."""
+        return (len(run.ticket.request.prompt) - 1) // self.block * self.block
+
+    def stop_before(self, run: Run, n: int) -> int:
+        """How many of `n` tokens to read at once, so that states can be kept where they are worth it."""
+        if self.slot_pool is None or not self.prefixes:
+            return n
+        marks = (run.branch, self._last(run), (run.computed // self.interval + 1) * self.interval)
+        return min([n, *(mark - run.computed for mark in marks if mark > run.computed)])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the budget is divided: blocks of each group, by window, and slots."""
+
+    blocks: dict[int | None, int]
+    slots: int
+
+    @classmethod
+    def of(
+        cls, pageable: dict[int | None, list[Pageable]], slotted: list[SlotState], memory: int, max_batch: int,
+        block: int, chunk: int, context: int | None,
+    ) -> Plan:  # fmt: skip
+        device = torch.device("meta")
+        sizes = {
+            window: sum(t.nbytes for leaf in leaves for t in leaf.paged(Blocks(1, block, device)).tensors())
+            for window, leaves in pageable.items()
+        }
+        slot = sum(t.nbytes for leaf in slotted for t in leaf.tensors.values())
+        left = memory - max_batch * slot
+        extra = 0
+        if slot:
+            share = left // 4 if sizes else left
+            extra = max(0, min(share // slot, SNAPSHOTS * max_batch))
+        left -= extra * slot
+        # A window needs no more than all running sequences see through it, each with one chunk more.
+        most = {w: max_batch * (-(-(w + chunk) // block) + 1) for w in sizes if w is not None}
+        blocks: dict[int | None, int] = {}
+        for window in sorted(most, key=lambda w: most[w]):
+            even = left // sum(size for w, size in sizes.items() if w not in blocks)
+            blocks[window] = min(most[window], even)
+            left -= blocks[window] * sizes[window]
+        if None in sizes:
+            blocks[None] = left // sizes[None]
+        least = max((-(-(w + chunk) // block) + 1 for w in sizes if w is not None), default=1)
+        if left < 0 or any(count < (2 if w is None else least) for w, count in blocks.items()):
+            one = slot + sum(size * (2 if w is None else least) for w, size in sizes.items())
+            raise ValueError(
+                f"a memory of {memory:,} bytes is too small for {max_batch} sequences side by side, the state of one "
+                f"of which takes {one:,} or more; give more memory, or a smaller max_batch"
+            )
+        return cls(blocks, max_batch + extra)
+
+
+def _replaced(part: Any, pages: dict[int, Any]) -> Any:
+    if isinstance(part, dict):
+        return {name: _replaced(item, pages) for name, item in part.items()}
+    return pages.get(id(part), part)
