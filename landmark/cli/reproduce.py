@@ -15,6 +15,9 @@ COLOURS = {"shown": "green", "not shown at this scale": "yellow", "contradicted"
 def reproduce(
     ids: Annotated[list[str] | None, typer.Argument(help="Rows (A2), papers (mamba) or arXiv numbers.")] = None,
     full: Annotated[bool, typer.Option("--full", help="The longer version.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two updates of every training, to see that it runs; verdicts say nothing.")
+    ] = False,
     seeds: Annotated[int, typer.Option(min=2, help="Runs of every variant.")] = 5,
     out: Annotated[Path, typer.Option(help="Where reports go, a folder an experiment.")] = Path("runs/reproduce"),
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; as many as cores unless said.")] = None,
@@ -36,17 +39,20 @@ def reproduce(
         return
     chosen, reports = [find(name) for name in ids], []
     for experiment in chosen:
-        folder = out / (experiment.row + ("-full" if full else ""))
+        folder = out / (experiment.row + ("-full" if full else "-quick" if quick else ""))
+        run = {"full": full, "quick": quick, "seeds": seeds}
         began = time.perf_counter()
         try:
-            outcome = experiment.run(Lab(folder, full=full, seeds=seeds, workers=workers))
+            outcome = experiment.run(Lab(folder, full=full, quick=quick, seeds=seeds, workers=workers))
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped; {folder} keeps what is done: the same command goes on") from None
         seconds = time.perf_counter() - began
-        report.write(folder, experiment, outcome, full=full, seeds=seeds, seconds=seconds)
-        reports.append(report.as_data(experiment, outcome, full=full, seeds=seeds, seconds=seconds))
+        report.write(folder, experiment, outcome, seconds=seconds, **run)
+        reports.append(report.as_data(experiment, outcome, seconds=seconds, **run))
         if not as_json:
             show(console, experiment, outcome, folder, seconds)
+            if quick:
+                console.print("a quick run: it ran, and its verdicts say nothing", style="bold yellow")
     if as_json:
         print(json.dumps(reports if len(reports) > 1 else reports[0], indent=2, ensure_ascii=False))
 

@@ -41,7 +41,7 @@ class Rope:
         else:
             totals = ctx.totals() if scaling.per_length else ctx.positions
             frequencies = scaling.frequencies(self.cfg.theta, self.dim, totals)
-        angles = ctx.positions[..., None].float() * frequencies
+        angles = ctx.positions[..., None].to(torch.promote_types(dtype, torch.float32)) * frequencies
         return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
     def __call__(self, x: Tensor, ctx: Ctx) -> Tensor:

@@ -184,6 +184,23 @@ def stays_below(
     return Finding(claim, source, ours, verdict, control)
 
 
+def alike(
+    claim: str, source: str, what: str, one: Sequence[float], other: Sequence[float], within: float, *,
+    control: bool = False, digits: int = 3,
+) -> Finding:  # fmt: skip
+    """Two variants (one value a seed each, paired) differ by less than `within`: the 95% interval of the mean
+    difference lies inside; it contradicts where all of it lies outside."""
+    a, b = np.asarray(one, dtype=float), np.asarray(other, dtype=float)
+    mean, low, high = interval(a - b)
+    inside, outside = -within < low and high < within, low > within or high < -within
+    verdict = Verdict.shown if inside else Verdict.contradicted if outside else Verdict.not_shown
+    ours = (
+        f"{what} {a.mean():.{digits}f} and {b.mean():.{digits}f}; difference {mean:+.{digits}f} "
+        f"[{low:+.{digits}f}, {high:+.{digits}f}], {len(a)} seeds; allowed ±{within:g}"
+    )
+    return Finding(claim, source, ours, verdict, control)
+
+
 def equal(claim: str, source: str, what: str, error: float, tolerance: float, *, control: bool = False) -> Finding:
     """An exact equality: the relative error is rounding alone."""
     verdict = Verdict.shown if error <= tolerance else Verdict.contradicted

@@ -17,20 +17,28 @@ from typing import Any
 
 import torch
 
+from .learn import only
+
 Cell = dict[str, Any]
 
 
 class Lab:
-    """`full`: the longer version of an experiment; `seeds`: at least five; `folder`: where its cells are kept."""
+    """`full`: the longer version of an experiment; `seeds`: at least five; `folder`: where its cells are kept.
+
+    `quick`: see that an experiment runs, and no more: two updates of every training, in this process.
+    """
 
     def __init__(
-        self, folder: Path, *, full: bool = False, seeds: int = 5, workers: int | None = None, quiet: bool = False
-    ) -> None:
+        self, folder: Path, *, full: bool = False, quick: bool = False, seeds: int = 5, workers: int | None = None,
+        quiet: bool = False,
+    ) -> None:  # fmt: skip
+        if full and quick:
+            raise ValueError("an experiment is either full or quick; choose one")
         if seeds < 2:
             raise ValueError(f"{seeds} seeds say nothing of how sure a result is; take at least 2")
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file; an experiment needs a directory")
-        self.folder, self.full, self.seeds = folder, full, range(seeds)
+        self.folder, self.full, self.quick, self.seeds = folder, full, quick, range(seeds)
         self.workers, self.quiet = workers or os.cpu_count() or 1, quiet
 
     def grid(self, function: Callable[..., Cell], cases: Sequence[Mapping[str, Any]]) -> list[Cell]:
@@ -54,6 +62,10 @@ class Lab:
 
     def _compute(self, function: Callable[..., Cell], cases: Sequence[Mapping[str, Any]], left: list[int]) -> Any:
         if not left:
+            return
+        if self.quick:
+            with only(2):
+                yield from ((i, function(**cases[i])) for i in left)
             return
         bar = Progress(function.__name__.replace("_", " "), len(cases), len(cases) - len(left), self.quiet)
         context = multiprocessing.get_context("spawn")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,12 +20,25 @@ from ..train.loop import Batches, fit
 from ..train.optim import AdamW, OptimizerConfig
 from ..train.schedule import Cosine, Schedule
 
+MOST: ContextVar[int | None] = ContextVar("most updates", default=None)
+
+
+@contextmanager
+def only(steps: int) -> Iterator[None]:
+    """Within, `learn` makes at most so many updates: to see that an experiment runs."""
+    before = MOST.set(steps)
+    try:
+        yield
+    finally:
+        MOST.reset(before)
+
 
 def learn(
     model: Model, batches: Batches, *, steps: int, lr: float = 1e-3, seed: int = 0, objective: Objective = CausalLM(),
     optimizer: OptimizerConfig | None = None, schedule: Schedule | None = None, **settings: Any,
 ) -> Model:  # fmt: skip
     """Train `model` in place, `steps` updates; default: AdamW at `lr`, cosine after a tenth of warm-up, next tokens."""
+    steps = min(steps, MOST.get() or steps)
     chosen = Settings(
         steps=steps,
         optimizer=optimizer or AdamW.Config(lr=lr),

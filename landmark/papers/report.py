@@ -13,9 +13,9 @@ from ..weights.files import beside, write_json
 from .experiment import Experiment, Outcome, Plot
 
 
-def write(folder: Path, experiment: Experiment, outcome: Outcome, *, full: bool, seeds: int, seconds: float) -> None:
-    """Write the three files."""
-    write_json(folder / "report.json", as_data(experiment, outcome, full=full, seeds=seeds, seconds=seconds))
+def write(folder: Path, experiment: Experiment, outcome: Outcome, **run: Any) -> None:
+    """Write the three files; `run` is what to say of the run: its seeds, its seconds."""
+    write_json(folder / "report.json", as_data(experiment, outcome, **run))
     with beside(folder / "report.md") as temporary:
         temporary.write_text(as_markdown(experiment, outcome), encoding="utf-8")
     if outcome.plot is not None:

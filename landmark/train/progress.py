@@ -38,8 +38,11 @@ class Bar(Callback):
         assert self.progress is not None
         self.loss = _smooth(self.loss, record["loss"])
         self.speed = _smooth(self.speed, record["tokens_per_s"])
-        self.bits = _smooth(self.bits, record.get("bits_per_byte", float("nan")))
-        figures = f"loss {self.loss:.3f} · {self.bits:.3f} bits/byte · {self.speed:,.0f} tokens/s"
+        bits = ""
+        if "bits_per_byte" in record:  # not of labels, nor of other things than text
+            self.bits = _smooth(self.bits, record["bits_per_byte"])
+            bits = f" · {self.bits:.3f} bits/byte"
+        figures = f"loss {self.loss:.3f}{bits} · {self.speed:,.0f} tokens/s"
         self.progress.update(self.task, completed=run.step, figures=figures)
 
     def evaluated(self, run: Run, record: dict[str, Any]) -> None:
