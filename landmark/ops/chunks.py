@@ -12,6 +12,10 @@ slice `steps[s]` of all chunks and belongs to the first sequences in `order`:
         before[step], h[:n] = h[:n], decay[step] * h[:n] + update[step]
     y = chunks.join(y)                         # [chunks, 64, ...] -> [B, T, ...]
     final = h[chunks.place]                    # back in the order of the bounds
+
+A recurrence whose steps must fall on the same tokens however a text is divided into calls says how many tokens `before`
+this call each sequence has seen: its first chunk then goes on where the last one was left, and its first places, which
+earlier calls filled, count as empty.
 """
 
 from __future__ import annotations
@@ -27,11 +31,13 @@ from ..ctx import Bounds
 class Chunks:
     """Where the chunks of `size` tokens of a batch lie."""
 
-    def __init__(self, bounds: Bounds, size: int) -> None:
+    def __init__(self, bounds: Bounds, size: int, before: tuple[int, ...] = ()) -> None:
         self.bounds, self.size = bounds, size
-        lengths = [length for _, length in bounds.sequences]
+        taken = [n % size for n in before] or [0] * len(bounds.sequences)
+        lengths = [length + n if length else 0 for (_, length), n in zip(bounds.sequences, taken, strict=True)]
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         starts: list[int] = []
+        skipped: list[int] = []
         filled: list[int] = []
         self.steps: list[slice] = []
         for step in range(-(-max(lengths, default=0) // size)):
@@ -40,17 +46,18 @@ class Chunks:
                 left = lengths[i] - step * size
                 if left <= 0:
                     break
-                starts.append(bounds.sequences[i][0] + step * size)
+                starts.append(bounds.sequences[i][0] - taken[i] + step * size)
+                skipped.append(taken[i] if step == 0 else 0)
                 filled.append(min(left, size))
             self.steps.append(slice(first, len(starts)))
-        self._order, self._starts, self._filled = order, starts, filled
+        self._order, self._starts, self._skipped, self._filled = order, starts, skipped, filled
         self.count = len(starts)
-        self.even = bounds.dense and bounds.width % size == 0  # a mere view of the batch
+        self.even = bounds.dense and bounds.width % size == 0 and not any(taken)  # a mere view of the batch
 
     @classmethod
-    def of(cls, bounds: Bounds, size: int) -> Chunks:
+    def of(cls, bounds: Bounds, size: int, before: tuple[int, ...] = ()) -> Chunks:
         """The chunks of a batch, made once for all the layers that see it."""
-        return bounds.memo(("chunks", size), lambda: cls(bounds, size))
+        return bounds.memo(("chunks", size, before), lambda: cls(bounds, size, before))
 
     @cached_property
     def order(self) -> Tensor:
@@ -65,19 +72,26 @@ class Chunks:
     @cached_property
     def index(self) -> Tensor:
         """[chunks, size]: the number of each token among the rows * width of the batch; clamped where there is none."""
-        inside = torch.arange(self.size)
-        ends = torch.tensor(self._filled, dtype=torch.long)[:, None] - 1
-        return torch.tensor(self._starts, dtype=torch.long)[:, None] + torch.minimum(inside[None], ends)
+        inside = torch.arange(self.size)[None]
+        first, ends = (torch.tensor(x, dtype=torch.long)[:, None] for x in (self._skipped, self._filled))
+        return torch.tensor(self._starts, dtype=torch.long)[:, None] + inside.clamp(first, ends - 1)
 
     @cached_property
     def mask(self) -> Tensor:
         """[chunks, size]: whether there is a token."""
-        return torch.arange(self.size)[None] < torch.tensor(self._filled, dtype=torch.long)[:, None]
+        inside = torch.arange(self.size)[None]
+        first, ends = (torch.tensor(x, dtype=torch.long)[:, None] for x in (self._skipped, self._filled))
+        return (inside >= first) & (inside < ends)
+
+    @cached_property
+    def last(self) -> Tensor:
+        """[chunks]: the place of each chunk's last token; `size` - 1 in a chunk that is complete."""
+        return torch.tensor(self._filled, dtype=torch.long) - 1
 
     @property
     def full(self) -> bool:
-        """Whether every chunk is filled to its end."""
-        return all(n == self.size for n in self._filled)
+        """Whether every chunk is filled, from its start to its end."""
+        return all(n == self.size for n in self._filled) and not any(self._skipped)
 
     def cut(self, x: Tensor) -> Tensor:
         """[B, T, ...] -> [chunks, size, ...]; 0 where a sequence has ended."""

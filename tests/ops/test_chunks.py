@@ -39,3 +39,19 @@ def test_a_running_sum_over_chunks_is_the_sum_of_each_sequence(bounds: Bounds, s
         torch.testing.assert_close(h[chunks.place][i], want[-1])
         covered[start : start + length] = True
     assert (out[~covered] == 0).all()
+
+
+@pytest.mark.parametrize("bounds", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_chunks_go_on_where_earlier_calls_left_them(bounds: Bounds, size: int) -> None:
+    before = tuple(range(3, 3 + len(bounds.sequences)))
+    chunks = Chunks.of(bounds, size, before)
+    place = torch.zeros(bounds.rows, bounds.width, dtype=torch.long)
+    place += bounds.offsets() + bounds.per_token(torch.tensor(before))
+    cut = chunks.cut(place)
+    want = torch.arange(size).expand_as(cut)
+    torch.testing.assert_close(cut[chunks.mask] % size, want[chunks.mask])
+    assert (cut[~chunks.mask] == 0).all()
+    assert (chunks.last == torch.where(chunks.mask, want, 0).max(1).values).all()
+    covered = bounds.index() >= 0
+    torch.testing.assert_close(chunks.join(cut), place.masked_fill(~covered, 0))
