@@ -125,6 +125,8 @@ def residual_ends(model: nn.Module) -> set[nn.Module]:
     for module in model.modules():
         if isinstance(module, Parallel):
             functions += [fn.fn if isinstance(fn, Normed) else fn for fn in module.fns.values()]
-    functions += [fn.shared for fn in functions if isinstance(fn, MoE) and fn.shared is not None]
+    functions += [
+        part for fn in functions if isinstance(fn, MoE) for part in (fn.experts, fn.shared) if part is not None
+    ]
     ends = (getattr(fn, name, None) for fn in functions for name in ("out", "down"))
     return {end for end in ends if isinstance(end, nn.Linear | GroupedLinear)}

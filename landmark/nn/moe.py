@@ -51,11 +51,29 @@ class GroupedLinear(nn.Module):
         return f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}"
 
 
+class Experts(nn.Module):
+    """Feed-forward functions side by side, without biases: gated (`GLU`) or, without `gate`, plain perceptrons."""
+
+    def __init__(self, number: int, dim: int, hidden: int, act: Activation, gated: bool) -> None:
+        super().__init__()
+        activation(act)
+        self.act = act
+        self.gate = GroupedLinear(number, dim, hidden) if gated else None
+        self.up, self.down = GroupedLinear(number, dim, hidden), GroupedLinear(number, hidden, dim)
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """x [M, dim], sorted by expert, counts [experts] -> [M, dim]."""
+        up = self.up(x, counts)
+        hidden = activate(up, self.act) if self.gate is None else glu(self.gate(x, counts), up, self.act)
+        out: Tensor = self.down(hidden, counts)
+        return out
+
+
 class MoE(nn.Module):
     """sum_e weight_e expert_e(x) over a token's `active` experts e, plus shared(x) (DeepSeekMoE, Dai et al. 2024).
 
-    Experts are gated (`GLU`) or, if not `gated`, plain perceptrons; they have no biases. `shared` is a feed-forward
-    function that every token passes. Tokens outside of all sequences pass nothing and come out as zeros.
+    `gated`: experts are GLUs, not plain perceptrons. `shared` is a feed-forward function that every token passes.
+    Tokens outside of all sequences pass no expert.
     """
 
     class Config(ModuleConfig):
@@ -78,19 +96,15 @@ class MoE(nn.Module):
 
     def __init__(self, cfg: Config, dim: int) -> None:
         super().__init__()
-        activation(cfg.act)
         self.cfg = c = cfg
         self.router: Router = c.router.build(dim, c.experts, c.active)
-        self.gate = GroupedLinear(c.experts, dim, c.hidden) if c.gated else None
-        self.up = GroupedLinear(c.experts, dim, c.hidden)
-        self.down = GroupedLinear(c.experts, c.hidden, dim)
+        self.experts = Experts(c.experts, dim, c.hidden, c.act, c.gated)
         self.shared = c.shared.build(dim) if c.shared else None
 
     def active_parameters(self) -> int:
         """How many parameters a token passes."""
-        stacks = [s.weight for s in (self.gate, self.up, self.down) if s is not None]
-        idle = sum(w.numel() // self.cfg.experts for w in stacks) * (self.cfg.experts - self.cfg.active)
-        return sum(p.numel() for p in self.parameters()) - idle
+        every, routed = (sum(p.numel() for p in part.parameters()) for part in (self, self.experts))
+        return every - routed + routed // self.cfg.experts * self.cfg.active
 
     def forward(self, x: Tensor, ctx: Ctx | None = None, state: Any = None) -> Tensor:
         rows, inside = x.reshape(-1, x.shape[-1]), _inside(ctx)
@@ -109,11 +123,7 @@ class MoE(nn.Module):
         if to.on_input:
             rows = rows * combine_weights(weights, plan).to(rows.dtype)
             weights = torch.ones_like(weights)
-        up = self.up(rows, plan.counts)
-        hidden = (
-            activate(up, self.cfg.act) if self.gate is None else glu(self.gate(rows, plan.counts), up, self.cfg.act)
-        )
-        return combine(self.down(hidden, plan.counts), weights, plan)
+        return combine(self.experts(rows, plan.counts), weights, plan)
 
 
 def combine_weights(weights: Tensor, plan: Plan) -> Tensor:

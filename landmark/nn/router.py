@@ -52,8 +52,7 @@ class Router(nn.Module, ABC):
 
     def __init__(self, dim: int, experts: int, active: int) -> None:
         super().__init__()
-        self.experts, self.active = experts, active
-        self.linear = Linear(dim, experts, bias=False)
+        self.dim, self.experts, self.active = dim, experts, active
 
     @abstractmethod
     def forward(self, x: Tensor, ctx: Ctx | None) -> Routing: ...
@@ -126,7 +125,7 @@ class SoftmaxTopK(Router):
 
     def __init__(self, cfg: Config, dim: int, experts: int, active: int) -> None:
         super().__init__(dim, experts, active)
-        self.cfg = cfg
+        self.cfg, self.linear = cfg, Linear(dim, experts, bias=False)
 
     def forward(self, x: Tensor, ctx: Ctx | None) -> Routing:
         c, logits = self.cfg, self.linear(x)
@@ -212,7 +211,7 @@ class SigmoidTopK(Float32Buffers, Router):
 
     def __init__(self, cfg: Config, dim: int, experts: int, active: int) -> None:
         super().__init__(dim, experts, active)
-        self.cfg = cfg
+        self.cfg, self.linear = cfg, Linear(dim, experts, bias=False)
         self.register_buffer("bias", torch.zeros(experts, dtype=torch.float32))
         self.load: Tensor | None = None  # choices since the last `adjust`
 
@@ -289,7 +288,7 @@ class SigmoidInput(Router):
 
     def __init__(self, cfg: Config, dim: int, experts: int, active: int) -> None:
         super().__init__(dim, experts, active)
-        self.cfg = cfg
+        self.cfg, self.linear = cfg, Linear(dim, experts, bias=False)
 
     def forward(self, x: Tensor, ctx: Ctx | None) -> Routing:
         logits = self.linear(x)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ctx import Ctx
+from ..ops.linear import linear
 from .linear import Linear
 from .router import Router, RouterConfig, Routing, balance, count_choices, z_loss
 
@@ -34,19 +35,20 @@ class NoisyTopK(Router):
     def __init__(self, cfg: Config, dim: int, experts: int, active: int) -> None:
         super().__init__(dim, experts, active)
         self.cfg = cfg
-        self.noise = Linear(dim, experts, bias=False)
+        self.weight = nn.Parameter(torch.zeros(experts, dim))
+        self.noise_weight = nn.Parameter(torch.zeros(experts, dim))
 
     def reset_parameters(self) -> None:
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.noise.weight)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.noise_weight)
 
     def forward(self, x: Tensor, ctx: Ctx | None) -> Routing:
         wide = torch.promote_types(x.dtype, torch.float32)
-        clean = self.linear(x).to(wide)
+        clean = linear(x, self.weight).to(wide)
         if not self.training:
             best, experts = clean.topk(self.active, -1)
             return Routing(experts, best.softmax(-1))
-        spread = nn.functional.softplus(self.noise(x).to(wide))
+        spread = nn.functional.softplus(linear(x, self.noise_weight).to(wide))
         noisy = clean + torch.randn_like(clean) * spread
         best, experts = noisy.topk(min(self.active + 1, self.experts), -1)
         chosen = experts[:, : self.active]
@@ -153,7 +155,7 @@ class GShard(CapacityRouter):
 
     def __init__(self, cfg: Config, dim: int, experts: int, active: int) -> None:
         super().__init__(dim, experts, active)
-        self.cfg: GShard.Config = cfg
+        self.cfg, self.linear = cfg, Linear(dim, experts, bias=False)
 
     def forward(self, x: Tensor, ctx: Ctx | None) -> Routing:
         logits = self.linear(x).to(torch.promote_types(x.dtype, torch.float32))
@@ -194,7 +196,7 @@ class Switch(CapacityRouter):
 
     def __init__(self, cfg: Config, dim: int, experts: int, active: int) -> None:
         super().__init__(dim, experts, active)
-        self.cfg: Switch.Config = cfg
+        self.cfg, self.linear = cfg, Linear(dim, experts, bias=False)
 
     def forward(self, x: Tensor, ctx: Ctx | None) -> Routing:
         if self.training and self.cfg.jitter:

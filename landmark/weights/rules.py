@@ -105,7 +105,11 @@ class Split(Rule):
 
 
 class Stack(OneToOne):
-    """One tensor for each {e} of theirs, one tensor with a leading axis of ours."""
+    """One tensor for each {e} of theirs, `count` of them if it is given, one tensor with a leading axis of ours."""
+
+    def __init__(self, theirs: str, ours: str, count: int | None = None) -> None:
+        super().__init__(theirs, ours)
+        self.count = count
 
     def forward(self, tensors: list[Tensor]) -> list[Tensor]:
         return [torch.stack(tensors)]
@@ -170,8 +174,9 @@ def _apply(rules: Sequence[Rule], weights: Mapping[str, Tensor], side: str) -> W
         tensors = [weights[match.found[key]] for key in sorted(match.found)]
         stacked = "{e}" in here[0]
         numbers = sorted(e for _, _, e in match.found)
-        if stacked and numbers != list(range(len(numbers))):
-            gap = min(set(range(numbers[-1] + 1)) - set(numbers))
+        wanted = range(rule.count if isinstance(rule, Stack) and rule.count else numbers[-1] + 1)
+        if stacked and (gaps := sorted(set(wanted) - set(numbers))):
+            gap = gaps[0]
             raise ValueError(f"the tensor {here[0].format(**match.index, e=gap)!r} is missing")
         if not stacked and len(tensors) != len(here):
             missing = next(p for p, _ in enumerate(here) if all(p != q for q, _, _ in match.found))
