@@ -18,6 +18,7 @@ from .generate import (
     MaxTokens,
     MinP,
     Model,
+    Quantise,
     RepetitionPenalty,
     Seed,
     Stop,
@@ -56,6 +57,7 @@ def chat(
     seed: Seed = None,
     stop: Stop = None,
     dtype: Dtype = None,
+    quantise: Quantise = None,
     device: Device = "cpu",
 ) -> None:
     """Talk with a model. Type /help for commands."""
@@ -63,7 +65,7 @@ def chat(
 
     console = Console(highlight=False)
     with console.status(f"loading {model}"):
-        loaded, tokenizer = open_model(model, dtype, device)
+        loaded, tokenizer = open_model(model, dtype, device, quantise)
         from ..infer.chat import Conversation
         from ..infer.defaults import recommended
         from ..models.decoder import Decoder

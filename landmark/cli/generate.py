@@ -29,6 +29,7 @@ FrequencyPenalty = Annotated[float | None, typer.Option(help="Subtracted from to
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given several times.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: as stored.")]
+Quantise = Annotated[str | None, typer.Option(help="Round the weights as they are loaded: int8, int4 or int4-all.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
 
@@ -57,6 +58,7 @@ def generate(
         bool | None, typer.Option(help="Print tokens as they come; default: on a terminal, for one answer.")
     ] = None,
     dtype: Dtype = None,
+    quantise: Quantise = None,
     device: Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -67,7 +69,7 @@ def generate(
     prompts = read_prompts([*(text or ()), *(prompt or ())], file or [], lines)
     if beams and samples > 1:
         raise ValueError("--samples draws answers and --beams searches for the best; give one of them")
-    loaded, tokenizer = open_model(model, dtype, device)
+    loaded, tokenizer = open_model(model, dtype, device, quantise)
     from ..infer.defaults import recommended
 
     sampling = recommended(
@@ -112,7 +114,9 @@ def read_prompts(given: list[str], files: list[Path], lines: bool) -> list[str]:
     return prompts
 
 
-def open_model(spec: str, dtype: str | None, device: str) -> tuple[Decoder | EncoderDecoder, Tokenizer]:
+def open_model(
+    spec: str, dtype: str | None, device: str, quantise: str | None = None
+) -> tuple[Decoder | EncoderDecoder, Tokenizer]:
     """A generating model and its tokenizer."""
     import landmark
 
@@ -125,6 +129,12 @@ def open_model(spec: str, dtype: str | None, device: str) -> tuple[Decoder | Enc
     model = landmark.load(directory, dtype=dtype, device=device)
     if not isinstance(model, Decoder | EncoderDecoder):
         raise ValueError(f"{spec} is a {type(model).__name__}, which does not generate; give a decoder")
+    if quantise is not None:
+        from ..transforms.quantise import quantised
+
+        rounded = quantised(model, quantise)
+        assert isinstance(rounded, Decoder | EncoderDecoder)
+        model = rounded
     return model, Tokenizer.load(directory)
 
 

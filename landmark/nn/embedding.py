@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from ..config import Config as PlainConfig
 from ..config import ModuleConfig, at_least
 from ..ops.activation import Activation, activation
-from ..ops.linear import linear
 from ..ops.loss import CrossEntropy, cross_entropy, token_logprobs
+from ..ops.quant.grouped import Bits
+from .codes import CodedLinear, check_bits, multiply, table
 from .linear import Linear
 from .norm import NormConfig
 from .position import LearnedPositions, SinusoidalPositions
@@ -27,6 +28,11 @@ class Embedding(nn.Module):
         scale: float = 1.0
         width: int | None = None
         dropout: float = 0.0
+        bits: Bits | None = None  # the table of tokens is kept in so many a number, to be used and not trained
+
+        def check(self) -> None:
+            super().check()
+            check_bits("Embedding.bits", self.bits)
 
         def build(self, dim: int) -> Embedding:
             return Embedding(self, dim)
@@ -34,7 +40,7 @@ class Embedding(nn.Module):
     def __init__(self, cfg: Config, dim: int) -> None:
         super().__init__()
         self.cfg, width = cfg, cfg.width or dim
-        self.tokens = nn.Embedding(cfg.vocab, width)
+        self.tokens = table(cfg.vocab, width, cfg.bits)
         self.positions = cfg.positions.build(width) if cfg.positions else None
         self.types = nn.Embedding(cfg.types, width) if cfg.types else None
         self.norm = cfg.norm.build(width) if cfg.norm else None
@@ -86,6 +92,11 @@ class Head(nn.Module):
         scale: float = 1.0
         width: int | None = None
         transform: Transform.Config | None = None
+        bits: Bits | None = None  # a weight of its own is kept in so many a number, to be used and not trained
+
+        def check(self) -> None:
+            super().check()
+            check_bits("Head.bits", self.bits)
 
         def build(self, dim: int) -> Head:
             return Head(self, dim)
@@ -94,24 +105,31 @@ class Head(nn.Module):
         super().__init__()
         self.cfg, width = cfg, cfg.width or dim
         self.transform = cfg.transform.build(dim, width) if cfg.transform else None
-        self.linear = None if cfg.tied else Linear(width, cfg.vocab, bias=False)
+        own = None if cfg.tied else Linear(width, cfg.vocab, bias=False)
+        self.linear = CodedLinear(cfg.bits, own) if own is not None and cfg.bits is not None else own
         self.bias = nn.Parameter(torch.zeros(cfg.vocab)) if cfg.bias else None
 
     def reset_parameters(self) -> None:
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def matrix(self, embedding: Embedding | None) -> nn.Module:
+        """What holds the weight [vocab, width]."""
+        if self.linear is not None:
+            return self.linear
+        assert embedding is not None, "a tied head needs the embedding"
+        return embedding.tokens
+
     def weight(self, embedding: Embedding | None) -> Tensor:
         """[vocab, width]."""
-        if self.linear is not None:
-            return self.linear.weight
-        assert embedding is not None, "a tied head needs the embedding"
-        return embedding.tokens.weight
+        weight = self.matrix(embedding).weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def forward(self, x: Tensor, embedding: Embedding | None = None) -> Tensor:
         """x [..., dim] -> logits [..., vocab]."""
         x = x if self.transform is None else self.transform(x)
-        logits = linear(x, self.weight(embedding), self.bias)
+        logits = multiply(self.matrix(embedding), x, self.bias)
         logits = logits if self.cfg.scale == 1.0 else logits * self.cfg.scale
         cap = self.cfg.softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -1,0 +1,127 @@
+"""Weights that are kept as codes of 4 or 8 bits in groups of 32, in the place of a linear map or an embedding table.
+
+They are for use, not for training: gradients flow through them but not to them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.linear import linear
+from ..ops.quant.grouped import GROUP, STEP, Bits, quantise, restore
+from ..ops.quant.grouped import linear as product
+from .linear import Linear, LinearConfig
+
+
+class Codes(nn.Module):
+    """A matrix [rows, width] as codes uint8 [rows, bytes] and scales [rows, groups].
+
+    Scales are float16 seen as int16, which stay what they are when a model is cast; `unit` is what is cast.
+    """
+
+    codes: Tensor
+    halves: Tensor
+    unit: Tensor
+
+    def __init__(self, rows: int, width: int, bits: Bits, dtype: torch.dtype, device: Any = None) -> None:
+        super().__init__()
+        self.rows, self.width, self.bits = rows, width, bits
+        pieces = -(-width // STEP)
+        size = (-(-pieces // 2) if bits == 4 else pieces) * STEP
+        self.register_buffer("codes", torch.zeros(rows, size, dtype=torch.uint8, device=device))
+        self.register_buffer("halves", torch.zeros(rows, pieces * STEP // GROUP, dtype=torch.int16, device=device))
+        self.register_buffer("unit", torch.ones((), dtype=dtype, device=device))
+
+    def reset_parameters(self) -> None:
+        self.fill(torch.randn(self.rows, self.width) * self.width**-0.5)
+        nn.init.ones_(self.unit)
+
+    @property
+    def scales(self) -> Tensor:
+        """float16 [rows, groups]."""
+        return self.halves.view(torch.float16)
+
+    @torch.no_grad()
+    def fill(self, weight: Tensor, rows_at_once: int = 8192) -> None:
+        """Take over a weight [rows, width], rounded."""
+        for first in range(0, self.rows, rows_at_once):
+            codes, scales = quantise(weight[first : first + rows_at_once], self.bits)
+            self.codes[first : first + rows_at_once] = codes
+            self.halves[first : first + rows_at_once] = scales.view(torch.int16)
+
+    def packed_parameters(self) -> int:
+        """Weights, one or two to a byte."""
+        return self.rows * self.width
+
+    @property
+    def weight(self) -> Tensor:
+        """[rows, width], restored."""
+        return restore(self.codes, self.scales, self.bits, self.width, self.unit.dtype)
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., width] -> x W^T + b, [..., rows]."""
+        return product(x, self.codes, self.scales, bias, self.bits)
+
+    def extra_repr(self) -> str:
+        return f"{self.rows} x {self.width}, {self.bits} bits"
+
+
+class CodedLinear(Codes):
+    """y = x W^T + b with a coded W."""
+
+    class Config(LinearConfig):
+        bits: Bits
+
+        def check(self) -> None:
+            super().check()
+            check_bits("CodedLinear.bits", self.bits)
+
+        def build(self, linear: Linear) -> CodedLinear:
+            return CodedLinear(self.bits, linear)
+
+    def __init__(self, bits: Bits, like: Linear) -> None:
+        weight = like.weight
+        super().__init__(like.out_features, like.in_features, bits, weight.dtype, weight.device)
+        self.bias = None if like.bias is None else nn.Parameter(torch.zeros_like(like.bias))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.multiply(input, self.bias)
+
+
+class CodedEmbedding(Codes):
+    """A table of vectors, of which those that are looked up are restored."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        flat = tokens.flatten()
+        found = restore(self.codes[flat], self.scales[flat], self.bits, self.width, self.unit.dtype)
+        return found.unflatten(0, tokens.shape)
+
+
+def check_bits(name: str, bits: int | None) -> None:
+    """Raise ValueError for anything but 4, 8 or None."""
+    if bits not in (None, 4, 8):
+        raise ValueError(f"{name} is {bits!r}; weights are kept in 4 or 8 bits")
+
+
+def table(rows: int, width: int, bits: Bits | None) -> nn.Embedding | CodedEmbedding:
+    """An embedding table, coded where `bits` are given."""
+    if bits is None:
+        return nn.Embedding(rows, width)
+    return CodedEmbedding(rows, width, bits, torch.get_default_dtype())
+
+
+def multiply(matrix: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b by the weight of a linear map or an embedding table."""
+    if isinstance(matrix, Codes):
+        return matrix.multiply(x, bias)
+    weight = matrix.weight
+    assert isinstance(weight, Tensor)
+    return linear(x, weight, bias)

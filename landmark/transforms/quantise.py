@@ -1,0 +1,61 @@
+"""Weights rounded to 4 or 8 bits in groups of 32, each to its nearest code: no data needed, no training after."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ..config import Config, nearest
+from ..models.backbone import Backbone
+from ..models.base import Model
+from ..nn.codes import CodedLinear, Codes
+from ..nn.embedding import Embedding, Head
+from ..ops.quant.grouped import Bits
+from .rebuild import replace_configs
+
+# Bits of the layers' matrices, and of embedding table and head, by the name of the way.
+WAYS: dict[str, tuple[Bits, Bits]] = {"int8": (8, 8), "int4": (4, 8), "int4-all": (4, 4)}
+
+
+@torch.no_grad()
+def quantise(model: Model, bits: Bits, *, outer: Bits | None = 8, skip: tuple[str, ...] = ()) -> Model:
+    """A new model in eval mode with coded weights; what is not coded it shares with the old one.
+
+    `bits` for the linear maps of its layers, `outer` for the table of tokens and the head (None: as they are); `skip`
+    names maps that stay, or the ends of their dotted names. Raises ValueError where the linear maps are something else
+    already.
+    """
+
+    def coded(config: Config) -> Config:
+        if isinstance(config, Backbone.Config):
+            if config.linear is not None:
+                raise ValueError(f"the linear maps of this model are {config.linear.type_name} already")
+            return dataclasses.replace(config, linear=CodedLinear.Config(bits=bits, skip=skip))
+        return dataclasses.replace(config, bits=outer) if isinstance(config, Embedding.Config | Head.Config) else config
+
+    with torch.device("meta"):
+        new = replace_configs(model.cfg, coded).build()
+    assert isinstance(new, Model)
+    weights: dict[str, Tensor] = dict(model.state_dict())
+    device = model.device
+    for name, module in new.named_modules():
+        if isinstance(module, Codes):
+            weight = weights.pop(f"{name}.weight")
+            module.codes = torch.empty_like(module.codes, device=device)
+            module.halves = torch.empty_like(module.halves, device=device)
+            module.unit = weight.new_ones(())
+            module.fill(weight)
+            weights |= {f"{name}.{part}": tensor for part, tensor in module.named_buffers()}
+    new.load_state_dict(weights, assign=True)
+    new.origin = model.origin
+    return new.eval()
+
+
+def quantised(model: Model, way: str) -> Model:
+    """`quantise` as one of `WAYS` says. Raises ValueError with the nearest name."""
+    if way not in WAYS:
+        raise ValueError(f"there is no way {way!r} to quantise{nearest(way, WAYS)}; choose one of {', '.join(WAYS)}")
+    bits, outer = WAYS[way]
+    return quantise(model, bits, outer=outer)

@@ -1,0 +1,80 @@
+"""Weights in 4 and 8 bits: near the old model, saved, loaded and cast, and as cheap as they should be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import landmark
+from landmark.infer.generate import generate
+from landmark.infer.sampling import Sampling
+from landmark.models.decoder import Decoder
+from landmark.models.inspect import count, forward_flops
+from landmark.nn.codes import CodedEmbedding, CodedLinear
+from landmark.nn.linear import Linear
+from landmark.ops.quant.grouped import Bits
+from landmark.transforms.quantise import quantise, quantised
+
+SIZE = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 101, "hidden_size": 64, "intermediate_size": 96,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+
+
+def llama(tied: bool = False) -> Decoder:
+    torch.manual_seed(0)
+    model = landmark.build({**SIZE, "tie_word_embeddings": tied}).eval()
+    assert isinstance(model, Decoder)
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.02), (4, 0.2)])
+def test_logits_stay_near(bits: Bits, most: float, tied: bool) -> None:
+    model = llama(tied)
+    new = quantise(model, bits, outer=bits)
+    assert isinstance(new, Decoder)
+    left = [name for name, m in new.named_modules() if isinstance(m, Linear | nn.Embedding)]
+    assert not left and isinstance(new.embed.tokens, CodedEmbedding)
+    tokens = torch.randint(0, 101, (2, 20))
+    with torch.no_grad():
+        old, now = model(tokens), new(tokens)
+        error = (now - old).square().mean().sqrt() / old.square().mean().sqrt()
+        assert 0 < error < most
+        loss = new.loss(new.hidden(tokens), tokens).loss
+        want = torch.nn.functional.cross_entropy(new(tokens).flatten(0, 1), tokens.flatten(), reduction="sum")
+        torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-3)
+    assert count(new) == count(model) and forward_flops(new, 20) == forward_flops(model, 20)
+    held = sum(b.nbytes for n, b in new.named_buffers() if n.endswith(("codes", "halves")))
+    assert held < count(model) * (bits + 0.6) / 8 * (1 if bits == 8 else 1.4)  # 64 and 96 columns fill 128 codes
+
+
+def test_saved_loaded_and_cast(tmp_path: Path) -> None:
+    new = quantise(llama(), 4)
+    tokens = torch.randint(0, 101, (1, 9))
+    landmark.save(new, tmp_path)
+    with torch.no_grad():
+        back = landmark.load(tmp_path)
+        assert torch.equal(back(tokens), new(tokens))
+        half = landmark.load(tmp_path, dtype="bfloat16")
+        assert half(tokens).dtype == torch.bfloat16
+        assert torch.equal(half(tokens), new.to(torch.bfloat16)(tokens))
+    assert isinstance(back, Decoder)
+    greedy = Sampling(temperature=0, max_tokens=5, stop_ids=())
+    assert len(generate(back, [[1, 2, 3]], greedy)[0].tokens) == 5
+
+
+def test_what_is_skipped_and_what_cannot_be() -> None:
+    new = quantise(llama(), 8, outer=None, skip=("down",))
+    assert isinstance(new, Decoder) and isinstance(new.embed.tokens, nn.Embedding)
+    kinds = {name.rpartition(".")[2]: type(m) for name, m in new.named_modules() if isinstance(m, Linear | CodedLinear)}
+    assert kinds["down"] is Linear and kinds["up"] is CodedLinear and kinds["linear"] is Linear
+    with pytest.raises(ValueError, match="CodedLinear already"):
+        quantise(new, 4)
+    with pytest.raises(ValueError, match="did you mean 'int4'"):
+        quantised(new, "int5")
+    with pytest.raises(ValueError, match=r"CodedLinear\.bits is 3"):
+        CodedLinear.Config(bits=3)  # type: ignore[arg-type]
