@@ -1,4 +1,4 @@
-"""Mixtral (Jiang et al. 2024): Mistral with eight experts in place of each feed-forward, of which a token passes two."""
+"""Mixtral (Jiang et al. 2024): Mistral with eight experts for each feed-forward, of which a token passes two."""
 
 from __future__ import annotations
 
