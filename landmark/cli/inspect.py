@@ -96,26 +96,32 @@ def beside(names: list[str], rows: list[Figures]) -> Table:
     if any(r.cache_growth != r.cache_per_token for r in rows):
         line("  past the windows", [None if r.cache_growth is None else f"{r.cache_growth:,} B" for r in rows])
     line("  at that context", [None if r.cache is None else memory(r.cache) for r in rows])
-    for kind in rows[0].memory:
-        line(f"weights, {kind}", [memory(r.memory[kind]) for r in rows])
+    for kind in kinds(rows):
+        line(f"weights, {kind}", [memory(r.memory[kind]) if kind in r.memory else None for r in rows])
     return table
 
 
 def below(names: list[str], rows: list[Figures]) -> Table:
     """One row a model."""
-    kinds = tuple(rows[0].memory)
+    formats = kinds(rows)
     table = _table(
-        "", "parameters", "active", "layers", "context", "FLOPs/token", "training", "cache/token", "at context", *kinds
-    )
+        "", "parameters", "active", "layers", "context", "FLOPs/token", "training", "cache/token", "at context",
+        *formats,
+    )  # fmt: skip
     for name, r in zip(names, rows, strict=True):
         cache = "-" if r.cache_per_token is None else f"{r.cache_per_token:,} B"
         total = "-" if r.cache is None else memory(r.cache)
         table.add_row(
             name, f"{r.parameters:,}", "" if r.active == r.parameters else f"{r.active:,}", f"{r.layers}",
             f"{r.context:,}", flops(r.flops), flops(r.training_flops), cache, total,
-            *(memory(r.memory[kind]) for kind in kinds),
+            *(memory(r.memory[kind]) if kind in r.memory else "-" for kind in formats),
         )  # fmt: skip
     return table
+
+
+def kinds(rows: list[Figures]) -> list[str]:
+    """Every number format that some model has."""
+    return list(dict.fromkeys(kind for r in rows for kind in r.memory))
 
 
 def changed(before: str, after: str, changes: list[Change]) -> Table:

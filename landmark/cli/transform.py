@@ -25,18 +25,27 @@ def transform(
     ] = None,
     factor: Annotated[float, typer.Option(help="How many times longer the context becomes, with --rope.")] = 1.0,
     theta: Annotated[float | None, typer.Option(help="The new rotary base, with --rope abf.")] = None,
+    bitnet: Annotated[
+        bool, typer.Option("--bitnet", help="Ternary linear maps in the layers, to be trained (BitNet b1.58).")
+    ] = False,
+    pack: Annotated[
+        bool, typer.Option("--pack", help="Ternary linear maps in two bits a weight, to be used and trained no more.")
+    ] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: as stored.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Fewer key-value heads, more layers or a longer context for a trained model. The new one begins near the old,
-    and goes on to be trained: landmark train run.toml --set model=OUT
+    """Fewer key-value heads, more layers, a longer context or ternary weights for a trained model. The new one begins
+    near the old, and goes on to be trained: landmark train run.toml --set model=OUT
     """
-    if kv_heads is None and drop_layers is None and rope is None:
-        raise ValueError("there is nothing to transform; give --kv-heads N, --drop-layers N or --rope WAY")
+    if kv_heads is None and drop_layers is None and rope is None and not bitnet and not pack:
+        raise ValueError(
+            "there is nothing to transform; give --kv-heads N, --drop-layers N, --rope WAY, --bitnet or --pack"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already; give a directory that is not there yet")
 
     from ..models.inspect import count, depth, longest_text
+    from ..transforms import bitnet as ternary
     from ..transforms.depth import upscale_depth
     from ..transforms.extend import extend_context
     from ..transforms.uptrain import pool_heads
@@ -49,6 +58,10 @@ def transform(
         new = upscale_depth(new, drop_layers)
     if rope is not None:
         new = extend_context(new, rope, factor, theta=theta)
+    if bitnet:
+        new = ternary.bitnet(new)
+    if pack:
+        new = ternary.pack_ternary(new)
     save(new, out)
     figures = {"parameters": (count(old), count(new)), "layers": (depth(old), depth(new))}
     figures["context"] = (longest_text(old) or 0, longest_text(new) or 0)

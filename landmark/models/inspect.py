@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ctx import Bounds, Memory
+from ..nn.bitlinear import BitLinear, PackedBitLinear
+from ..nn.codes import CodedEmbedding
 from ..nn.embedding import Embedding, Head
 from ..nn.heads import SequenceHead
 from ..nn.residual import Block, Repeat
@@ -37,6 +39,12 @@ class Sparse(Protocol):
         """How many of its parameters a token passes."""
 
 
+@runtime_checkable
+class Packed(Protocol):
+    def packed_parameters(self) -> int:
+        """How many weights it holds in a buffer, several to a byte."""
+
+
 @dataclass(frozen=True)
 class Figures:
     """Parameters, FLOPs per token and bytes. A token of an encoder-decoder is one of the source and one of the target.
@@ -45,7 +53,7 @@ class Figures:
     tokens; training takes three times that, as backward is two forwards. `cache_per_token`: what each token adds to
     the decoding state of a sequence while all windows are longer, and `cache_growth` after `context` tokens; `cache`:
     the state at `context` tokens; None where nothing is decoded. `memory`: the weights in each number format, without
-    the scales of quantised groups.
+    the scales of quantised groups; where linear maps are ternary, also with these in two bits and the rest in bfloat16.
     """
 
     parameters: int
@@ -72,6 +80,10 @@ def figures(model: Model, *, context: int | None = None, dtype: torch.dtype = to
     if context < 1:
         raise ValueError(f"a context of {context} tokens is none; choose at least 1")
     parameters, flops = count(model), forward_flops(model, context)
+    ternary = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, BitLinear | PackedBitLinear))
+    memory = {name: -(-parameters * bits // 8) for name, bits in BITS.items()}
+    if ternary:
+        memory["ternary"] = ternary // 4 + 2 * (parameters - ternary)
     per_token = growth = cache = None
     if isinstance(model, Decoder | EncoderDecoder):
         one, two, cache, beyond = state_bytes(model, dtype, 1, 2, context, context + 1)
@@ -88,7 +100,7 @@ def figures(model: Model, *, context: int | None = None, dtype: torch.dtype = to
         cache_per_token=per_token,
         cache_growth=growth,
         cache=cache,
-        memory={name: -(-parameters * bits // 8) for name, bits in BITS.items()},
+        memory=memory,
     )
 
 
@@ -99,8 +111,9 @@ def longest_text(model: Model) -> int | None:
 
 
 def count(module: nn.Module) -> int:
-    """Parameters, each once."""
-    return sum(p.numel() for p in module.parameters())
+    """Parameters, each once, and weights that are packed."""
+    packed = sum(m.packed_parameters() for m in module.modules() if isinstance(m, Packed))
+    return packed + sum(p.numel() for p in module.parameters())
 
 
 def embedding_parameters(model: nn.Module) -> int:
@@ -132,10 +145,12 @@ def forward_flops(model: nn.Module, context: int) -> int:
         flops = module.mixing_flops(context) if isinstance(module, Mixer) else 0
         if isinstance(module, Sparse):
             return flops + 2 * module.active_parameters()
-        if isinstance(module, nn.Linear):
+        if isinstance(module, Packed) and not isinstance(module, CodedEmbedding):
+            flops += 2 * module.packed_parameters()
+        elif isinstance(module, nn.Linear):
             flops += 2 * module.weight.numel()
         elif isinstance(module, Head) and module.linear is None:
-            flops += 2 * module.weight(embedding).numel()
+            flops += 2 * count(module.matrix(embedding))
         return _times(module) * (flops + sum(passing(child) for child in module.children()))
 
     return passing(model)
@@ -149,7 +164,7 @@ def state_bytes(model: Decoder | EncoderDecoder, dtype: torch.dtype, *lengths: i
     kinds = [layer for i, layer in enumerate(cfg.layers) if layer not in cfg.layers[:i]]
     meta, sizes = torch.device("meta"), []
     with meta:
-        twin = replace(cfg, layers=tuple(kinds)).build().to(dtype)
+        twin = replace(cfg, layers=tuple(kinds)).build().to(dtype).eval()
     for length in lengths:
         state, memory = twin.new_state(1, length), None
         state.lengths = [length - 1]

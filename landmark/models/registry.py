@@ -15,7 +15,8 @@ from typing import Any
 
 from ..config import ModelConfig, nearest
 from ..ops.activation import Activation, check_activation
-from ..weights.rules import Rule
+from ..weights.rules import Drop, Rename, Rule
+from .quantised import quantised
 
 # Keys of config.json that say nothing about the numbers a model computes.
 INERT = frozenset(
@@ -116,10 +117,16 @@ class Family:
 
     def read(self, hf: Mapping[str, Any]) -> ModelConfig:
         keys = Keys(hf)
-        keys.fixed("quantization_config", None)
+        said = keys.get("quantization_config")
         config = self.config(keys)
         keys.done()
-        return config
+        if said is None:
+            return config
+        if not all(isinstance(rule, Rename | Drop) for rule in self.rules(Keys(hf))):
+            raise ValueError(
+                f"config.json: quantization_config is not supported for {keys.name}: its matrices are fused"
+            )
+        return quantised(config, said)
 
 
 _FAMILIES: dict[str, Family] = {}

@@ -71,8 +71,8 @@ class Attention(nn.Module):
     """Self-attention (Vaswani et al. 2017, sec. 3.2).
 
     `window`: a query sees keys at a distance below it (Mistral; GPT-3's locally banded layers). `softcap`: scores are
-    squashed to cap * tanh(score / cap). `scale`: what scores are multiplied by, 1 / sqrt(head_dim) unless said. `out_norm`:
-    a norm of all heads together before the output matrix (BitNet's sub-norm).
+    squashed to cap * tanh(score / cap). `scale`: what scores are multiplied by, 1 / sqrt(head_dim) unless said.
+    `out_norm`: a norm of all heads together before the output matrix (BitNet's sub-norm).
     """
 
     class Config(ModuleConfig):

@@ -11,6 +11,7 @@ from ..config import ModelConfig, from_dict
 from ..models.base import Model, Origin
 from ..models.inspect import longest_text
 from ..nn.embedding import Embedding
+from ..transforms.bitnet import bitnet
 from ..weights.checkpoint import NATIVE, build, describe, load
 from ..weights.tokenizer import Tokenizer
 from .prepare import Prepared, is_fresh
@@ -24,6 +25,8 @@ def fitting_model(config: TrainConfig, prepared: Prepared) -> Model:
     """
     spec = config.model or config.objective.small()
     model = prepared.pipeline.adapt(make_model(spec, prepared.tokenizer))
+    if config.linear is not None:
+        model = bitnet(model, config.linear)
     published = model.origin.hf if model.origin else {"architectures": [NATIVE]}
     model.origin = Origin(published, prepared.folder / "tokenizer")
     vocab, context = min(m.cfg.vocab for m in model.modules() if isinstance(m, Embedding)), longest_text(model)

@@ -7,6 +7,7 @@ from dataclasses import field
 from typing import Any, Literal
 
 from ..config import Config
+from ..nn.bitlinear import BitLinear
 from ..weights.tokenizer_train import Kind
 from .config import Settings
 from .objectives import CausalLM, ObjectiveConfig
@@ -62,7 +63,7 @@ class TrainConfig(Settings):
 
     `model` is a directory or hub id to go on from, a published size or config.json to begin anew, the contents of a
     config.json as a table, or a tree of our own configs (a table with a `type`); without any it is a small one that the
-    objective can train. `out` becomes a model directory.
+    objective can train. `linear` makes the linear maps of its layers ternary. `out` becomes a model directory.
     """
 
     out: str
@@ -70,3 +71,4 @@ class TrainConfig(Settings):
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = CausalLM()
+    linear: BitLinear.Config | None = None

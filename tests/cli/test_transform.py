@@ -63,7 +63,7 @@ def test_both_at_once(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "there is nothing to transform; give --kv-heads N, --drop-layers N or --rope"),
+        ((), "there is nothing to transform; give --kv-heads N, --drop-layers N, --rope"),
         (("--kv-heads", 3), "has 4 key-value heads, which do not pool to 3; choose a divisor"),
         (("--kv-heads", 0), "do not pool to 0"),
         (("--drop-layers", 2), "dropping 2 of 4 layers twice makes no deeper model; choose 0 to 1"),
@@ -81,3 +81,17 @@ def test_directories(model: Path, tmp_path: Path) -> None:
     assert isinstance(full.exception, ValueError) and "exists already" in str(full.exception)
     absent = transform(tmp_path / "none", tmp_path / "out", "--kv-heads", 2)
     assert isinstance(absent.exception, ValueError) and "no directory" in str(absent.exception)
+
+
+def test_ternary(model: Path, tmp_path: Path) -> None:
+    """Made ternary, then packed: the same numbers, and config.json in transformers' words."""
+    assert transform(model, tmp_path / "made", "--bitnet").exit_code == 0
+    assert transform(tmp_path / "made", tmp_path / "packed", "--pack").exit_code == 0
+    assert transform(model, tmp_path / "both", "--bitnet", "--pack").exit_code == 0
+    want = landmark.load(tmp_path / "made")(TOKENS)
+    for name in ("packed", "both"):
+        said = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        assert said == {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
+        assert torch.equal(landmark.load(tmp_path / name)(TOKENS), want)
+    done = transform(model, tmp_path / "no", "--pack")
+    assert done.exit_code != 0 and "no ternary linear maps" in str(done.exception)

@@ -16,6 +16,7 @@ import torch
 
 import landmark
 from landmark.config import to_dict
+from landmark.nn.bitlinear import BitLinear
 from landmark.objectives.lm import CausalLM
 from landmark.train import WSD, AdamW, Callback, Cosine, Interrupted, InverseSqrt, Lion, Muon, TrainConfig, train
 from landmark.train.read import override, parse, read_toml
@@ -337,3 +338,13 @@ def test_sequence_to_sequence(tmp_path: Path) -> None:
 def test_parts_that_do_not_fit(text: Path, tmp_path: Path, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run_of(text, tmp_path / "out", **keys)
+
+
+def test_ternary_linear_maps(toml: Path, tmp_path: Path) -> None:
+    """`linear = "BitLinear"` makes those of any model ternary, and a run that goes on from it keeps them."""
+    model = train(read(toml, 'linear="BitLinear"', "steps=3")).model
+    config = landmark.load(tmp_path / "out").cfg
+    assert config == model.cfg and isinstance(config.linear, BitLinear.Config)
+    for more in ([], ["linear=BitLinear"]):
+        again = train(read(toml, f"model={tmp_path / 'out'}", f"out={tmp_path / f'more{len(more)}'}", "steps=3", *more))
+        assert again.model.cfg == config

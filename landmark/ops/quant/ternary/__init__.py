@@ -29,13 +29,14 @@ def ternary_linear(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = None, *, out: int, reciprocal: bool = False,
     backend: Backend | None = None,
 ) -> Tensor:  # fmt: skip
-    """x [..., in], packed uint8 [ceil(out / 4), in] (see `pack`), scale [1], bias [out] -> [..., out]; no gradient.
+    """x [..., in], packed uint8 [ceil(out / 4), in] (see `pack`), scale [1], bias [out] -> [..., out].
 
-    The weight is the packed one times `scale`, or divided by it if `reciprocal` (both are published).
+    The weight is the packed one times `scale`, or divided by it if `reciprocal` (both are published). Gradients reach
+    x, straight through its rounding, and the bias.
     """
-    if not _picks_cpu(backend, x, scale, bias):
-        return reference.linear(x, packed, scale, bias, out, reciprocal)[0]
-    return _ternary_linear(x, packed, scale, bias, out, reciprocal)
+    _check(backend, x, scale, bias)
+    y: Tensor = _ternary_linear(x, packed, scale, bias, out, reciprocal, backend)
+    return y
 
 
 def bit_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: Backend | None = None) -> Tensor:
@@ -44,36 +45,61 @@ def bit_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend
     Gradients are those of a linear map with the rounded x and the rounded weight (Bengio et al. 2013). What is kept for
     them takes one byte a number of x and two bits a weight.
     """
-    if backend is not None:
-        _picks_cpu(backend, x, weight, bias)
+    _check(backend, x, weight, bias)
     y: Tensor = _bit_linear(x, weight, bias, backend)[0]
     return y
 
 
-def _picks_cpu(backend: Backend | None, x: Tensor, *others: Tensor | None) -> bool:
-    if backend is None:
-        return cpu.why_not(x, *others) is None
-    if (reason := why_not(backend, x, *others)) is not None:
+def _check(backend: Backend | None, x: Tensor, *others: Tensor | None) -> None:
+    if backend is not None and (reason := why_not(backend, x, *others)) is not None:
         raise ValueError(f"backend {backend!r} cannot run: {reason}")
-    return backend == "cpu"
 
 
 _library = torch.library.Library("landmark", "FRAGMENT")
 _library.define(
-    "ternary_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, SymInt out, bool reciprocal) -> Tensor"
+    "ternary_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, SymInt out, bool reciprocal, str? backend) -> "
+    "Tensor"
 )
 
 
-def _run(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, out: int, reciprocal: bool) -> Tensor:
-    return cpu.linear(x, packed, scale, bias if bias is None else bias.to(x.dtype), out, reciprocal)[0]
+def _run(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, out: int, reciprocal: bool, backend: str | None
+) -> Tensor:
+    fast = backend != "reference" and cpu.why_not(x, scale, bias) is None
+    bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+    return (cpu if fast else reference).linear(x, packed, scale, bias, out, reciprocal)[0]
 
 
-def _fake(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, out: int, reciprocal: bool) -> Tensor:
+def _fake(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, out: int, reciprocal: bool, backend: str | None
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], out)
 
 
+def _setup_ternary(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, scale, _, _, reciprocal, _ = inputs
+    ctx.save_for_backward(packed, scale)
+    ctx.reciprocal = reciprocal
+
+
+def _backward_ternary(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    packed, scale = ctx.saved_tensors
+    need_x, need_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+    grad_x = _times(grad, packed, 1 / scale if ctx.reciprocal else scale) if need_x else None
+    return grad_x, None, None, grad.flatten(0, -2).sum(0) if need_bias else None, None, None, None
+
+
+def _times(grad: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    """grad [..., out] times the rounded weight, [..., in]."""
+    return linear(grad, (unpack(packed, grad.shape[-1]).to(grad.dtype) * scale.to(grad.dtype)).mT)
+
+
 _library.impl("ternary_linear", _run, "CPU")
+_library.impl("ternary_linear", _run, "CUDA")
 torch.library.register_fake("landmark::ternary_linear", _fake, lib=_library)
+torch.library.register_autograd(
+    "landmark::ternary_linear", _backward_ternary, setup_context=_setup_ternary, lib=_library
+)
 _ternary_linear = torch.ops.landmark.ternary_linear.default
 
 
@@ -112,11 +138,9 @@ def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]
     numbers, factor, packed, scale = ctx.saved_tensors
     need_x, need_weight, need_bias, _ = ctx.needs_input_grad
     x_dtype, weight_dtype = ctx.dtypes
-    out = grad.shape[-1]
     grad_x = grad_weight = None
     if need_x:
-        weight = unpack(packed, out).to(grad.dtype) * scale.to(grad.dtype)
-        grad_x = linear(grad, weight.mT).to(x_dtype)
+        grad_x = _times(grad, packed, scale).to(x_dtype)
     if need_weight:
         rows = (grad / factor).to(grad.dtype).flatten(0, -2)
         grad_weight = linear(rows.mT, numbers.flatten(0, -2).to(grad.dtype).mT).to(weight_dtype)
@@ -125,4 +149,14 @@ def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]
 
 _bit_linear.register_autograd(_backward, setup_context=_setup)
 
-__all__ = ["Backend", "absmean", "bit_linear", "pack", "quantise_tokens", "ternary", "ternary_linear", "unpack", "why_not"]
+__all__ = [
+    "Backend",
+    "absmean",
+    "bit_linear",
+    "pack",
+    "quantise_tokens",
+    "ternary",
+    "ternary_linear",
+    "unpack",
+    "why_not",
+]

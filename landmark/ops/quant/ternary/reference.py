@@ -38,9 +38,8 @@ def quantise_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Ternary int8 [out, in] -> uint8 [ceil(out / 4), in]: bits 2i and 2i + 1 of row r are 1 + row i * ceil(out / 4) + r.
-
-    Bits past the last row are 0.
+    """Ternary int8 [out, in] -> uint8 [rows, in], rows = ceil(out / 4): bits 2i and 2i + 1 of row r hold row i rows + r
+    of the weight plus one, and are 0 past its end.
     """
     out, width = weight.shape
     rows = -(-out // PER_BYTE)
