@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+import landmark
 from landmark.infer.engine import Engine, Request, Sampling
 from landmark.infer.generate import generate
+from landmark.infer.session import turning_lengths
 from landmark.models.decoder import Decoder
 
-from .models import LLAMA, TINY, build
+from ..models.families import perturb
+from .mixers import Decay
+from .models import LLAMA, TINY, build, speaker, tokenizer
 
 CONTEXT = 256
 MODELS: dict[str, dict[str, Any]] = {
@@ -34,10 +38,25 @@ MODELS: dict[str, dict[str, Any]] = {
 _built: dict[str, Decoder] = {}
 
 
+RECURRENT = ("recurrent", "hybrid")
+
+
 def model(name: str) -> Decoder:
     if name not in _built:
-        _built[name] = build(MODELS[name])
+        _built[name] = recurrent(name) if name in RECURRENT else build(MODELS[name])
     return _built[name]
+
+
+def recurrent(name: str) -> Decoder:
+    """The narrow llama with recurrences in the place of attention, in all layers or but one (which has a window)."""
+    cfg = landmark.build(MODELS["window"]).cfg
+    layers = [{**layer, "attn": replace(layer["attn"], fn=Decay.Config())} for layer in cfg.layers]
+    if name == "hybrid":
+        layers[1] = cfg.layers[1]
+    torch.manual_seed(0)
+    made: Decoder = replace(cfg, layers=tuple(layers)).build().eval()
+    perturb(made)
+    return made
 
 
 def requests(vocab: int, count: int = 12, shared: int = 40) -> list[Request]:
@@ -65,17 +84,17 @@ def alone(of: Decoder, request: Request) -> list[int]:
     return generate(of, [request.prompt], request.sampling)[0].tokens
 
 
-def memory(of: Decoder, tokens: int, block: int = 8) -> int:
-    """Bytes that hold so many tokens of one sequence, give or take a block."""
-    low, high = 0, 1 << 30
-    while high - low > 64:
+def tight(of: Decoder, tokens: int, **options: Any) -> Engine:
+    """An engine with the least memory for one sequence of so many tokens."""
+    low, high = 0, 1 << 24
+    while high - low > 256:
         middle = (low + high) // 2
         try:
-            fits = Engine(of, memory=middle, max_batch=1, chunk=16, block=block).longest >= tokens
+            fits = Engine(of, memory=middle, **options).longest >= tokens
         except ValueError:
             fits = False
         low, high = (low, middle) if fits else (middle, high)
-    return high
+    return Engine(of, memory=high, **options)
 
 
 def empty(engine: Engine) -> bool:
@@ -83,7 +102,7 @@ def empty(engine: Engine) -> bool:
     return engine.stats().used == 0 and engine.stats().running == 0 and not engine._handles
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *RECURRENT])
 def test_tokens_are_those_of_running_alone(name: str) -> None:
     asked = requests(model(name).cfg.embed.vocab)
     engine = Engine(model(name), memory=1 << 24, max_batch=5, chunk=24, block=8)
@@ -91,9 +110,169 @@ def test_tokens_are_those_of_running_alone(name: str) -> None:
     assert engine.stats().cached_tokens > 0 and empty(engine)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "narrow heads"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "narrow heads"])
 def test_who_gave_way_goes_on_with_the_same_tokens(name: str) -> None:
     asked = requests(model(name).cfg.embed.vocab)
-    engine = Engine(model(name), memory=memory(model(name), 152), max_batch=8, chunk=24, block=8)
+    engine = tight(model(name), 152, max_batch=8, chunk=24, block=8)
     assert [a[0].tokens for a in engine.generate(asked)] == [alone(model(name), r) for r in asked]
     assert engine.stats().preempted > 0 and empty(engine)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "hybrid"])
+def test_others_leave(name: str) -> None:
+    asked = requests(model(name).cfg.embed.vocab)
+    engine = Engine(model(name), memory=1 << 24, max_batch=5, chunk=24, block=8)
+    handles = [engine.submit(request) for request in asked]
+    for n, handle in enumerate(handles):
+        if n % 2:
+            engine.step()
+            handle.cancel()
+    for request, handle in list(zip(asked, handles, strict=True))[::2]:
+        assert handle.result()[0].tokens == alone(model(name), request)
+    assert all(handle.cancelled and list(handle) is not None for handle in handles[1::2])
+    assert empty(engine)
+
+
+@pytest.mark.parametrize("name", [*MODELS, *RECURRENT])
+def test_what_was_read_is_found_again(name: str) -> None:
+    """A conversation: each prompt is the last one, its answer and something new."""
+    of = model(name)
+    engine = Engine(of, memory=1 << 24, max_batch=2, chunk=48, block=8, interval=16)
+    prompt = requests(of.cfg.embed.vocab)[0].prompt
+    for turn in range(3):
+        request = Request(prompt=prompt, sampling=Sampling(temperature=0, max_tokens=30, stop_ids=()))
+        handle = engine.submit(request)
+        tokens = handle.result()[0].tokens
+        assert tokens == alone(of, request)
+        assert (handle.cached > len(prompt) - 40) == (turn > 0)
+        prompt = [*prompt, *tokens, 1, 2, 3]
+    assert empty(engine)
+
+
+def test_a_state_is_kept_where_texts_part() -> None:
+    """Two prompts show that a beginning is shared; the third starts after it."""
+    of = model("recurrent")
+    engine = Engine(of, memory=1 << 24, max_batch=2, chunk=64, block=8, interval=1024)
+    beginning, greedy = list(range(50)), Sampling(temperature=0, max_tokens=5, stop_ids=())
+    cached = []
+    for n in range(3):
+        request = Request(prompt=[*beginning, *[60 + n] * 30], sampling=greedy)
+        handle = engine.submit(request)
+        assert handle.result()[0].tokens == alone(of, request)
+        cached.append(handle.cached)
+    assert cached == [0, 0, 48]
+
+
+@pytest.mark.parametrize("name", ["llama", "window", "recurrent"])
+def test_what_is_remembered_gives_way(name: str) -> None:
+    """Far more texts than fit, some of them again and again."""
+    of = model(name)
+    options = {"max_batch": 2, "chunk": 32, "block": 4, "interval": 16}
+    engine = Engine(of, memory=2400, **options) if name == "recurrent" else tight(of, 200, **options)
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(0, of.cfg.embed.vocab, (50,), generator=generator).tolist() for _ in range(12)]
+    for n in torch.randint(0, 12, (40,), generator=generator).tolist():
+        request = Request(prompt=texts[n][: 20 + n], sampling=Sampling(temperature=0, max_tokens=4, stop_ids=()))
+        assert engine.generate([request])[0][0].tokens == alone(of, request)
+    assert empty(engine) and 0 < engine.stats().cached_tokens
+
+
+def test_several_answers() -> None:
+    of, sampling = model("llama"), Sampling(seed=7, max_tokens=12, stop_ids=())
+    prompt = list(range(30))
+    engine = Engine(of, memory=1 << 24, max_batch=8, block=8)
+    seeded = [alone(of, Request(prompt=prompt, sampling=replace(sampling, seed=7 + n))) for n in range(5)]
+    handle = engine.submit(Request(prompt=prompt, sampling=sampling, n=5))
+    assert [answer.tokens for answer in handle.result()] == seeded
+    assert engine.stats().cached_tokens == 4 * 24  # the others found the prompt read
+    best = engine.submit(Request(prompt=prompt, sampling=sampling, n=2, best_of=5, logprobs="model")).result()
+    every = generate(of, [prompt] * 5, [replace(sampling, seed=7 + n) for n in range(5)], logprobs="model")
+    every.sort(key=lambda answer: -sum(answer.logprobs) / len(answer.logprobs))
+    assert [answer.tokens for answer in best] == [answer.tokens for answer in every[:2]]
+    assert best[0].logprobs == pytest.approx(every[0].logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize("which", ["model", "sampled"])
+def test_log_probabilities(which: Any) -> None:
+    of, prompt = model("llama"), list(range(40, 90))
+    sampling = Sampling(temperature=0.7, top_k=10, seed=3, max_tokens=9, stop_ids=())
+    engine = Engine(of, memory=1 << 24, chunk=16, block=8)
+    handle = engine.submit(Request(prompt=prompt, sampling=sampling, logprobs=which, top=3, prompt_logprobs=2))
+    events = list(handle)
+    expected = generate(of, [prompt], sampling, logprobs=which)[0]
+    assert [event.token for event in events] == expected.tokens
+    assert [event.logprob for event in events] == pytest.approx(expected.logprobs, abs=1e-5)
+    with torch.no_grad():
+        table = of(torch.tensor([[*prompt, *expected.tokens]]))[0].log_softmax(1)
+    for n, event in enumerate(events):
+        assert len(event.top) == 3 and list(event.top) == sorted(event.top, key=lambda scored: -scored[1])
+        if which == "model":
+            assert dict(event.top) == pytest.approx(dict(_likeliest(table[len(prompt) - 1 + n], 3)), abs=1e-5)
+    assert len(handle.prompt_logprobs) == len(prompt) - 1
+    for n, ((token, logprob), top) in enumerate(handle.prompt_logprobs):
+        assert token == prompt[n + 1] and logprob == pytest.approx(table[n, token].item(), abs=1e-5)
+        assert dict(top) == pytest.approx(dict(_likeliest(table[n], 2)), abs=1e-5)
+
+
+def _likeliest(row: torch.Tensor, count: int) -> list[tuple[int, float]]:
+    values, ids = row.topk(count)
+    return list(zip(ids.tolist(), values.tolist(), strict=True))
+
+
+def test_text_and_stop_strings() -> None:
+    of, words = speaker(), tokenizer()
+    engine = Engine(of, words, memory=1 << 24, block=8, max_batch=3)
+    prompts = [words.encode(text) for text in ("The value of", "An import statement", "Python is")]
+    settings = [Sampling(seed=n, max_tokens=20, stop=("e", "\n")) for n in range(3)]
+    answers = engine.generate([Request(prompt=p, sampling=s) for p, s in zip(prompts, settings, strict=True)])
+    for prompt, sampling, (answer,) in zip(prompts, settings, answers, strict=True):
+        expected = generate(of, [prompt], sampling, tokenizer=words)[0]
+        assert (answer.tokens, answer.text, answer.finish) == (expected.tokens, expected.text, expected.finish)
+
+
+def test_the_end_of_the_context() -> None:
+    of = model("llama")
+    engine = Engine(of, memory=1 << 24)
+    answer = engine.generate([Request(prompt=[1] * 250, sampling=Sampling(temperature=0, stop_ids=()))])[0][0]
+    assert (len(answer.tokens), answer.finish) == (7, "length")
+    small = tight(of, 64, max_batch=1, chunk=16, block=8)
+    answer = small.generate([Request(prompt=[1] * 60, sampling=Sampling(temperature=0, stop_ids=()))])[0][0]
+    assert (len(answer.tokens), answer.finish) == (small.longest - 59, "length")
+
+
+def test_rotations_that_turn() -> None:
+    of: Decoder = build({"architectures": ["Phi3ForCausalLM"], **json.loads((TINY / "phi3.json").read_text())})
+    turn = max(turning_lengths(of))
+    asked = [
+        Request(prompt=[3 + n] * length, sampling=Sampling(seed=n, max_tokens=12, stop_ids=()))
+        for n, length in enumerate((turn - 8, turn - 1, turn, turn + 3, 5))
+    ]
+    engine = Engine(of, memory=1 << 24, max_batch=3, chunk=8, block=8)
+    assert [a[0].tokens for a in engine.generate(asked)] == [alone(of, request) for request in asked]
+
+
+class Odd:
+    """A guide: odd tokens only, and five of them."""
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+        self.mask = torch.arange(97) % 2 == 1
+
+    def allowed(self) -> torch.Tensor:
+        return self.mask
+
+    def accept(self, token: int) -> None:
+        self.taken.append(token)
+
+    @property
+    def finished(self) -> bool:
+        return len(self.taken) == 5
+
+
+def test_guided_and_free_answers_side_by_side() -> None:
+    of, sampling = model("llama"), Sampling(temperature=3.0, seed=1, max_tokens=20, stop_ids=())
+    engine = Engine(of, memory=1 << 24)
+    guided, free = Request(prompt=[1, 2], sampling=sampling, guide=Odd), Request(prompt=[1, 2], sampling=sampling)
+    (odd,), (other,) = engine.generate([guided, free])
+    assert all(token % 2 for token in odd.tokens) and (len(odd.tokens), odd.finish) == (5, "stop")
+    assert other.tokens == alone(of, free)

@@ -222,10 +222,11 @@ class Engine:
 
     def _work(self, works: list[Work]) -> None:
         for work in works:
-            if not work.run.ticket.begun:
-                work.run.ticket.begun = True
-                self._handles[work.run.ticket].cached = work.run.computed
+            if not work.run.begun:
+                work.run.begun = True
                 self._stats.cached_tokens += work.run.computed
+                if work.run.writer.index == 0:
+                    self._handles[work.run.ticket].cached = work.run.computed
         hidden, ends = self._forward(works)
         self._stats.computed_tokens += sum(work.count for work in works)
         speaking = [(work.run, end) for work, end in zip(works, ends, strict=True) if work.last]

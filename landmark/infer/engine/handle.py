@@ -33,7 +33,7 @@ class Handle:
         self.cached = 0
         self.cancelled = False
         self.error: str | None = None
-        self._done = False
+        self.done = False  # everything it will give is there
         self._events: deque[Event] = deque()
         self._arrived = threading.Condition()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
@@ -55,7 +55,7 @@ class Handle:
                 return
             elif self._engine.running:
                 with self._arrived:
-                    self._arrived.wait_for(lambda: self._events or self._done or not self._engine.running)
+                    self._arrived.wait_for(lambda: self._events or self.done or not self._engine.running)
             else:
                 self._engine.step()
 
@@ -72,7 +72,7 @@ class Handle:
                 yield self._events.popleft()
             if self._over():
                 return
-            if not self._events and not self._done:
+            if not self._events and not self.done:
                 await arrived.wait()
 
     def result(self) -> list[Answer]:
@@ -85,7 +85,7 @@ class Handle:
         return answers
 
     def _over(self) -> bool:
-        if not self._done or self._events:
+        if not self.done or self._events:
             return False
         if self.error is not None:
             raise EngineError(self.error)
@@ -95,7 +95,7 @@ class Handle:
         """The engine's end; returns who is to be woken in an event loop."""
         with self._arrived:
             self._events.extend(events)
-            self._done = self._done or done
+            self.done = self.done or done
             self._arrived.notify_all()
             return self._waiter
 

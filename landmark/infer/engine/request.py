@@ -13,6 +13,7 @@ from ..generate import Request as Writer
 from ..sampling import Logprobs, Row, Sampling
 from .radix import Node
 
+MOST = 128  # answers to one request
 Scored = tuple[int, float]  # a token and its log-probability
 
 
@@ -54,6 +55,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.n < 1:
             raise ValueError(f"n is {self.n}; ask for at least 1 answer")
+        if self.candidates > MOST:
+            raise ValueError(f"{self.candidates} answers to one prompt are too many; ask for at most {MOST}")
         if self.best_of is not None and self.best_of < self.n:
             raise ValueError(f"best_of is {self.best_of}, fewer than the n = {self.n} answers that are wanted")
         if self.top < 0 or (self.top and self.logprobs is None):
@@ -73,7 +76,6 @@ class Ticket:
         self.request, self.key = request, key
         self.runs: list[Run] = []
         self.unfinished = request.candidates
-        self.begun = False  # its first answer has been taken up
         self.closed = False  # nobody waits for it any more
         self.scored: list[tuple[Scored, tuple[Scored, ...]]] = []  # log-probabilities of the prompt's tokens
 
@@ -97,6 +99,7 @@ class Run:
         self.guide = None if ticket.request.guide is None else ticket.request.guide()
         self.events: list[Event] = []  # held back until the best answers are known
         self.urgency = (*ticket.key, writer.index)  # smaller goes first
+        self.begun = False  # it has been taken up once
         self.computed = 0
         self.line = self.slot = -1
         self.tables: list[list[int]] = []
