@@ -7,10 +7,12 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from ..config import Config as PlainConfig
 from ..config import ModuleConfig
 from ..ctx import Ctx
 from ..ops.attention import attention
 from .cache import CrossCache, KVCache, WindowCache
+from .chunked import ChunkCache, cut
 from .linear import Linear
 from .norm import NormConfig
 from .rope import Rope
@@ -67,12 +69,31 @@ class ProjectionNorm(nn.Module):
         return out
 
 
+class LogTemperature(PlainConfig):
+    """Queries grow with the logarithm of their position: 1 + scale log(1 + floor((position + 1) / floor)) (Llama 4)."""
+
+    floor: int = 8192
+    scale: float = 0.1
+
+    def factors(self, ctx: Ctx, dtype: torch.dtype) -> Tensor:
+        """[B, T, 1, 1], computed once a pass."""
+        return ctx.memo((self, dtype), lambda: self._factors(ctx.positions).to(dtype))
+
+    def _factors(self, positions: Tensor) -> Tensor:
+        steps = torch.floor((positions[..., None, None].float() + 1) / self.floor)
+        return 1 + self.scale * torch.log1p(steps)
+
+
+Cache = KVCache | WindowCache | ChunkCache
+
+
 class Attention(nn.Module):
     """Self-attention (Vaswani et al. 2017, sec. 3.2).
 
     `window`: a query sees keys at a distance below it (Mistral; GPT-3's locally banded layers). `softcap`: scores are
     squashed to cap * tanh(score / cap). `scale`: what scores are multiplied by, 1 / sqrt(head_dim) unless said.
-    `out_norm`: a norm of all heads together before the output matrix (BitNet's sub-norm).
+    `out_norm`: a norm of all heads together before the output matrix (BitNet's sub-norm). `chunk`: a query sees keys
+    whose position // chunk is its own (Llama 4). `temperature` multiplies queries by a factor of their position.
     """
 
     class Config(ModuleConfig):
@@ -86,12 +107,16 @@ class Attention(nn.Module):
         out_norm: NormConfig | None = None
         causal: bool = True
         window: int | None = None
+        chunk: int | None = None
         softcap: float | None = None
         scale: float | None = None
+        temperature: LogTemperature | None = None
         dropout: float = 0.0
 
         def check(self) -> None:
             super().check()
+            if self.chunk is not None and (self.window is not None or not self.causal):
+                raise ValueError(f"Attention.chunk is {self.chunk}; it goes with causal attention without a window")
             if self.heads % self.kv_heads:
                 raise ValueError(
                     f"Attention.kv_heads is {self.kv_heads}, which does not divide heads {self.heads}; choose a divisor"
@@ -113,18 +138,20 @@ class Attention(nn.Module):
         self.out_norm = c.out_norm.build(c.heads * c.head_dim) if c.out_norm else None
         self.scale = c.head_dim**-0.5 if c.scale is None else c.scale
 
-    def new_state(self, slots: int, capacity: int, dtype: torch.dtype, device: torch.device) -> KVCache | WindowCache:
+    def new_state(self, slots: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Cache:
         c = self.cfg
+        if c.chunk is not None and c.chunk < capacity:
+            return ChunkCache(slots, c.chunk, c.kv_heads, c.head_dim, dtype, device)
         if c.window is not None and c.window < capacity:
             return WindowCache(slots, c.window, c.kv_heads, c.head_dim, c.head_dim, dtype, device)
         return KVCache(slots, capacity, c.kv_heads, c.head_dim, c.head_dim, dtype, device)
 
     def mixing_flops(self, context: int) -> int:
         """FLOPs per token beyond the weights', for a token that sees `context` tokens: q k^T and its product with v."""
-        seen = context if self.cfg.window is None else min(context, self.cfg.window)
+        seen = min(context, self.cfg.window or context, self.cfg.chunk or context)
         return 4 * seen * self.cfg.heads * self.cfg.head_dim
 
-    def forward(self, x: Tensor, ctx: Ctx, state: KVCache | WindowCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, ctx: Ctx, state: Cache | None = None) -> Tensor:
         c = self.cfg
         q, k, v = (
             y.view(*x.shape[:-1], heads, c.head_dim)
@@ -134,11 +161,13 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
             q, k = self.rope(q, ctx), self.rope(k, ctx)
-        k_bounds = ctx.bounds
+        if c.temperature is not None:
+            q = q * c.temperature.factors(ctx, q.dtype)
+        bounds = k_bounds = ctx.bounds if c.chunk is None else cut(ctx, c.chunk)
         if state is not None:
             k, v, k_bounds = state.extend(k, v, ctx)
         y = attention(
-            q, k, v, bounds=ctx.bounds, k_bounds=k_bounds, scale=self.scale, causal=c.causal, window=c.window,
+            q, k, v, bounds=bounds, k_bounds=k_bounds, scale=self.scale, causal=c.causal, window=c.window,
             softcap=c.softcap, dropout=c.dropout if self.training else 0.0,
         ).flatten(-2)  # fmt: skip
         out: Tensor = self.out(y if self.out_norm is None else self.out_norm(y))

@@ -70,6 +70,23 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps, offset=self.offset, groups=self.groups)
 
 
+class UnitRMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps), without a weight (the norm of queries and keys in Llama 4)."""
+
+    class Config(NormConfig):
+        eps: float = 1e-6
+
+        def build(self, dim: int, groups: int = 1) -> UnitRMSNorm:
+            return UnitRMSNorm(self, dim, groups)
+
+    def __init__(self, cfg: Config, dim: int, groups: int = 1) -> None:
+        super().__init__()
+        self.eps, self.groups = cfg.eps, _groups(dim, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, None, self.eps, groups=self.groups)
+
+
 def _groups(dim: int, groups: int) -> int:
     if dim % groups:
         raise ValueError(f"a norm of width {dim} has no {groups} equal groups; choose a divisor")

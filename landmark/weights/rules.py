@@ -104,6 +104,19 @@ class Split(Rule):
         return [fused.mT if self.transposed and fused.dim() > 1 else fused]
 
 
+class SplitStack(Rule):
+    """Matrices of many experts, fused and stored [experts, in, sum of outs], for several of ours [experts, out, in]."""
+
+    def __init__(self, theirs: str, ours: Sequence[str], sizes: Sequence[int]) -> None:
+        self.theirs, self.ours, self.sizes = (theirs,), tuple(ours), tuple(sizes)
+
+    def forward(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [part.mT for part in tensors[0].split(self.sizes, -1)]
+
+    def inverse(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [torch.cat([t.mT for t in tensors], -1)]
+
+
 class Stack(OneToOne):
     """One tensor for each {e} of theirs, `count` of them if it is given, one tensor with a leading axis of ours."""
 

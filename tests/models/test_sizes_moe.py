@@ -18,12 +18,16 @@ PARAMETERS = {  # as the papers and model cards give them: all, active
     "qwen3-30b-a3b": ("30.5e9", "3.35e9"),  # the card's 3.3 is cut off, not rounded
     "qwen3-235b-a22b": ("235e9", "22e9"),
     "glam-64b-64e": ("1.2e12", "96.6e9"),
+    "llama4-scout": ("108e9", "17e9"),  # 109 with its eyes
+    "llama4-maverick": ("4.0e11", "17e9"),
 }
 EXACT = {
     "mixtral-8x7b": 46_702_792_704,
     "mixtral-8x22b": 140_630_071_296,
     "qwen3-30b-a3b": 30_532_122_624,
     "qwen3-235b-a22b": 235_093_634_560,
+    "llama4-scout": 107_769_861_120,
+    "llama4-maverick": 400_711_848_960,
 }
 
 
@@ -34,7 +38,7 @@ def rounded(value: int, like: str) -> str:
 
 
 def test_every_size_is_here() -> None:
-    names = {"mixtral", "qwen3_moe", "glam"}
+    names = {"mixtral", "qwen3_moe", "glam", "llama4_text"}
     assert {name for name, (family, _) in sizes().items() if family.name in names} == PARAMETERS.keys()
 
 
