@@ -140,12 +140,47 @@ INLINE void unzip(float *x, int64_t n) {
 }
 #endif
 
+// Keys and values of n tokens that lie in order.
+typedef struct {
+    const char *k, *v;
+    int64_t n;
+} Run;
+
+// The next up to BLOCK tokens of a part: where they lie; the number of runs.
+INLINE int64_t runs_of(const Call *c, int64_t slot, int64_t head, int64_t from, int64_t end, const int64_t size, Run *runs) {
+    int64_t count = 0;
+    for (int64_t t = from, n; t < MIN(end, from + BLOCK); t += n, count++) {
+        int64_t at = c->first[slot] + t, row = slot;
+        n = MIN(end, from + BLOCK) - t;
+        if (c->tables) {
+            row = c->tables[slot * c->pages + at / c->page], at %= c->page;
+            n = MIN(n, c->page - at);
+        }
+        runs[count] = (Run){c->k + (row * c->k_slot + at * c->k_token + head * c->k_head) * size,
+                            c->v + (row * c->v_slot + at * c->v_token + head * c->v_head) * size, n};
+    }
+    return count;
+}
+
+// Ask for the vectors of n tokens: a processor does not foresee where the next page is.
+INLINE void fetch(const char *x, int64_t n, int64_t step, int64_t bytes) {
+    for (int64_t t = 0; t < n; t++)
+        for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(x + t * step + j, 0, 2);
+}
+
 // G queries take n more keys and values: acc [G, dv] is the answer times total[g], of scores below top[g].
-INLINE void attend(const Call *c, const char *q, const char *k, const char *v, int64_t n, float *acc, float *top, float *total,
+INLINE void attend(const Call *c, const char *q, const Run *runs, int64_t count, int64_t n, float *acc, float *top, float *total,
                    const int G, const int half, const int pair) {
     const int64_t size = half ? 2 : 4, k_step = c->k_token * size, v_step = c->v_token * size, dv = c->dv;
     float s[4 * (BLOCK + W)], keep[4];
-    scores(q, k, k_step, n, c->d, c->scale, s, G, half, pair);
+    if (count > 1) fetch(runs[0].v, runs[0].n, v_step, dv * size);
+    for (int64_t i = 0, t = 0; i < count; t += runs[i++].n) {
+        if (i + 1 < count) {
+            fetch(runs[i + 1].k, runs[i + 1].n, k_step, c->d * size);
+            fetch(runs[i + 1].v, runs[i + 1].n, v_step, dv * size);
+        }
+        scores(q, runs[i].k, k_step, runs[i].n, c->d, c->scale, s + t, G, half, pair);
+    }
     for (int g = 0; g < G; g++) {
         float *mine = s + g * (BLOCK + W);
         vf most = splat(top[g]), all = splat(0);
@@ -167,16 +202,21 @@ INLINE void attend(const Call *c, const char *q, const char *k, const char *v, i
         keep[g] = expf(top[g] - peak);
         total[g] = total[g] * keep[g] + sum(all), top[g] = peak;
     }
-    int64_t j = 0;
+    const float *p = s;
+    for (int64_t i = 0; i < count; p += runs[i++].n) {
+        const char *v = runs[i].v;
+        int64_t j = 0;
 #if PAIRS
-    if (pair) {
-        for (; j + UNROLL * W <= dv; j += UNROLL * W) mix_pairs(s, v + j * 2, v_step, n, keep, acc + j, dv, G, UNROLL / 2);
-        for (; j < dv; j += 2 * W) mix_pairs(s, v + j * 2, v_step, n, keep, acc + j, dv, G, 1);
-        return;
-    }
+        if (pair) {
+            for (; j + UNROLL * W <= dv; j += UNROLL * W)
+                mix_pairs(p, v + j * 2, v_step, runs[i].n, keep, acc + j, dv, G, UNROLL / 2);
+            for (; j < dv; j += 2 * W) mix_pairs(p, v + j * 2, v_step, runs[i].n, keep, acc + j, dv, G, 1);
+        }
 #endif
-    for (; j + UNROLL * W <= dv; j += UNROLL * W) mix(s, v + j * size, v_step, n, keep, acc + j, dv, G, UNROLL, half);
-    for (; j < dv; j += W) mix(s, v + j * size, v_step, n, keep, acc + j, dv, G, 1, half);
+        for (; j + UNROLL * W <= dv; j += UNROLL * W) mix(p, v + j * size, v_step, runs[i].n, keep, acc + j, dv, G, UNROLL, half);
+        for (; j < dv; j += W) mix(p, v + j * size, v_step, runs[i].n, keep, acc + j, dv, G, 1, half);
+        for (int g = 0; g < G; g++) keep[g] = 1;
+    }
 }
 
 // All queries of a key head over one part of its keys: acc [group, dv], top [group], total [group].
@@ -185,21 +225,16 @@ INLINE void part(const Call *c, int64_t slot, int64_t head, int64_t from, int64_
     float *top = acc + group * dv, *total = top + group;
     memset(acc, 0, group * dv * sizeof *acc);
     for (int64_t g = 0; g < group; g++) top[g] = -INFINITY, total[g] = 0;
-    for (int64_t t = from, n; t < end; t += n) {
-        int64_t at = c->first[slot] + t, row = slot;
-        n = MIN(BLOCK, end - t);
-        if (c->tables) {
-            row = c->tables[slot * c->pages + at / c->page];
-            at %= c->page;
-            n = MIN(n, c->page - at);
-        }
-        const char *q = c->q + (slot * c->heads + head * group) * d * size;
-        const char *k = c->k + (row * c->k_slot + at * c->k_token + head * c->k_head) * size;
-        const char *v = c->v + (row * c->v_slot + at * c->v_token + head * c->v_head) * size;
+    const char *q = c->q + (slot * c->heads + head * group) * d * size;
+    for (int64_t t = from; t < end; t += BLOCK) {
+        Run runs[BLOCK];
+        const int64_t n = MIN(BLOCK, end - t), count = runs_of(c, slot, head, t, end, size, runs);
         int64_t g = 0;
-        for (; g + 4 <= group; g += 4) attend(c, q + g * d * size, k, v, n, acc + g * dv, top + g, total + g, 4, half, pair);
-        for (; g + 2 <= group; g += 2) attend(c, q + g * d * size, k, v, n, acc + g * dv, top + g, total + g, 2, half, pair);
-        if (g < group) attend(c, q + g * d * size, k, v, n, acc + g * dv, top + g, total + g, 1, half, pair);
+        for (; g + 4 <= group; g += 4)
+            attend(c, q + g * d * size, runs, count, n, acc + g * dv, top + g, total + g, 4, half, pair);
+        for (; g + 2 <= group; g += 2)
+            attend(c, q + g * d * size, runs, count, n, acc + g * dv, top + g, total + g, 2, half, pair);
+        if (g < group) attend(c, q + g * d * size, runs, count, n, acc + g * dv, top + g, total + g, 1, half, pair);
     }
 }
 
