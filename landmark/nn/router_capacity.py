@@ -153,6 +153,8 @@ class GShard(CapacityRouter):
         def build(self, dim: int, experts: int, active: int) -> GShard:
             return GShard(self, dim, experts, active)
 
+    cfg: Config
+
     def __init__(self, cfg: Config, dim: int, experts: int, active: int) -> None:
         super().__init__(dim, experts, active)
         self.cfg, self.linear = cfg, Linear(dim, experts, bias=False)
@@ -193,6 +195,8 @@ class Switch(CapacityRouter):
 
         def build(self, dim: int, experts: int, active: int) -> Switch:
             return Switch(self, dim, experts, active)
+
+    cfg: Config
 
     def __init__(self, cfg: Config, dim: int, experts: int, active: int) -> None:
         super().__init__(dim, experts, active)
