@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ctx import Bounds, Ctx
-from ..ops.attention.pages import Pages
+from ..ops.attention.pages import Pages, put
 
 
 class Blocks:
@@ -57,8 +57,8 @@ class PagedKV:
 
     def extend(self, k: Tensor, v: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor, Bounds]:
         blocks = self.blocks
-        self.k[blocks.block, :, blocks.offset] = k.flatten(0, 1)
-        self.v[blocks.block, :, blocks.offset] = v.flatten(0, 1)
+        put(self.k, k.flatten(0, 1), blocks.block, blocks.offset)
+        put(self.v, v.flatten(0, 1), blocks.block, blocks.offset)
         if ctx.past is not None and not any(ctx.past):
             return k, v, ctx.bounds
         return self.k, self.v, blocks.pages

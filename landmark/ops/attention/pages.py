@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...ctx import Bounds
+from ..native import Source
+
+SOURCE = Source(Path(__file__).with_name("pages.c"))
+ONE_THREAD = 1 << 18  # bytes that a second thread would not move any sooner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,5 +56,35 @@ class Pages(Bounds):
 
     def gather(self, pool: Tensor) -> Tensor:
         """[blocks, heads, size, d] -> [1, width, heads, d]."""
-        held = pool.transpose(0, 1).index_select(1, self.blocks.to(pool.device))
-        return held.flatten(1, 2).transpose(0, 1)[None]
+        _, heads, size, d = pool.shape
+        if not pool.is_cpu or SOURCE.why_not() is not None:
+            held = pool.index_select(0, self.blocks.to(pool.device))
+            return held.transpose(1, 2).reshape(1, self.width, heads, d)
+        out = pool.new_empty(heads, self.width, d)
+        threads = torch.get_num_threads() if out.nbytes > ONE_THREAD else 1
+        part = size * d * pool.itemsize
+        _gather()(pool.data_ptr(), self.blocks.data_ptr(), len(self.blocks), heads, part, out.data_ptr(), threads)
+        return out.transpose(0, 1)[None]
+
+
+def put(pool: Tensor, x: Tensor, block: Tensor, offset: Tensor) -> None:
+    """pool[block[t], :, offset[t]] = x[t], for x [tokens, heads, d]; no gradient."""
+    if not pool.is_cpu or x.stride(2) != 1 or x.dtype != pool.dtype or SOURCE.why_not() is not None:
+        pool[block, :, offset] = x
+        return
+    (tokens, heads, d), each = x.shape, pool.itemsize
+    token, head, _ = x.stride()
+    _put()(
+        pool.data_ptr(), x.data_ptr(), block.data_ptr(), offset.data_ptr(), tokens, heads, pool.shape[2], d * each,
+        token * each, head * each,
+    )  # fmt: skip
+
+
+@cache
+def _gather() -> Any:
+    return SOURCE.function("gather", c_void_p, c_void_p, *[c_int64] * 3, c_void_p, c_int64)
+
+
+@cache
+def _put() -> Any:
+    return SOURCE.function("put", *[c_void_p] * 4, *[c_int64] * 6)
