@@ -9,11 +9,11 @@ BIN := $(VENV)/bin
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e '.[data,plots,reproduce]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[data,plots,reproduce,serve]'
 	touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready
-	$(BIN)/pip install -q -c constraints.txt -e '.[data,plots,reproduce,test]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[data,plots,reproduce,serve,test]'
 	touch $@
 
 env: $(VENV)/.ready

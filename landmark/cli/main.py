@@ -14,6 +14,7 @@ COMMANDS = (
     "train",
     "generate",
     "chat",
+    "serve",
     "inspect",
     "transform",
     "eval",

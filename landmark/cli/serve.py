@@ -1,0 +1,96 @@
+"""`landmark serve`: models behind OpenAI's protocol, with a page to try them on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ..serve.served import Served, ServedEncoder
+
+
+def serve(
+    models: Annotated[list[str], typer.Argument(help="Directories or hub ids; NAME=DIRECTORY names one.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(help="A key that clients must send; several are allowed.", envvar="LANDMARK_API_KEY"),
+    ] = None,
+    memory: Annotated[float, typer.Option(min=0.001, help="GiB for the state of all sequences of a model.")] = 2.0,
+    max_batch: Annotated[int, typer.Option(min=1, help="Sequences that are computed together.")] = 64,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens of prompts that are read in one step.")] = 512,
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more get a 429.")] = 256,
+    rate: Annotated[int | None, typer.Option(min=1, help="Requests a minute for each key or address.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 600.0,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: as stored.")] = None,
+    quantise: Annotated[str | None, typer.Option(help="Round the weights as they are loaded: int8, int4.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Serve models: /v1/chat/completions, /v1/completions, /v1/embeddings, and a page at /.
+
+    landmark serve runs/quickstart
+    """
+    import socket
+
+    import uvicorn
+    from rich.console import Console
+
+    from ..serve.app import create_app
+    from ..serve.limits import Limits
+
+    limits = Limits(keys=tuple(api_key or ()), timeout=timeout, queue=queue, rate=rate)
+    console = Console(stderr=True, highlight=False)
+    served = []
+    for spec in models:
+        with console.status(f"loading {spec}"):
+            served.append(open_served(spec, dtype, quantise, device, int(memory * 2**30), max_batch, chunk))
+    app = create_app(served, limits)
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        raise ValueError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from None
+    where = f"http://{host}:{listener.getsockname()[1]}"
+    console.print(f"[bold]{', '.join(s.name for s in served)}[/] at {where} (the page) and {where}/v1 (the API)")
+    if host not in ("127.0.0.1", "localhost", "::1") and not limits.keys:
+        console.print("[yellow]Anyone who reaches this machine can use it; --api-key closes it.[/]")
+    config = uvicorn.Config(
+        app, log_level="warning", timeout_graceful_shutdown=30, timeout_keep_alive=30, lifespan="on", access_log=False
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def open_served(
+    spec: str, dtype: str | None, quantise: str | None, device: str, memory: int, max_batch: int, chunk: int
+) -> Served | ServedEncoder:
+    """A model with its engine, or an encoder of sentences."""
+    import landmark
+
+    from ..infer.engine import Engine
+    from ..infer.sentences import SentenceEncoder
+    from ..models.decoder import Decoder
+    from ..models.encoder import Encoder
+    from ..serve.served import Served, ServedEncoder
+    from ..transforms.quantise import quantised
+    from ..weights.checkpoint import locate
+    from ..weights.tokenizer import Tokenizer
+
+    name, _, where = spec.rpartition("=")
+    directory = locate(where)
+    name = name or (Path(where).resolve().name if Path(where).exists() else where)
+    model = landmark.load(directory, dtype=dtype, device=device)
+    if isinstance(model, Encoder):
+        return ServedEncoder(name, SentenceEncoder.load(str(directory), dtype=dtype, device=device))
+    if quantise is not None:
+        model = quantised(model, quantise)
+    if not isinstance(model, Decoder):
+        raise ValueError(
+            f"{spec} is a {type(model).__name__}, which is not served; give a decoder or a sentence encoder"
+        )
+    tokenizer = Tokenizer.load(directory)
+    engine = Engine(model, tokenizer, memory=memory, max_batch=max_batch, chunk=chunk)
+    return Served(name, engine, tokenizer)

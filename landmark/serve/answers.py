@@ -1,0 +1,233 @@
+"""From the engine's events to what the protocol sends, whole or in pieces."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..infer.engine import Event, Handle
+from .schema import ChatRequest, CompletionRequest, Generation
+from .served import Served
+from .tools import Delta, ToolReader
+
+
+def usage(handles: list[Handle], said: int) -> dict[str, Any]:
+    """Tokens that were read and said; those of a prompt count once, however many answers it has."""
+    read = sum(len(handle.request.prompt) for handle in handles)
+    cached = sum(handle.cached for handle in handles)
+    return {
+        "prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }  # fmt: skip
+
+
+def head(kind: str, served: Served, prefix: str) -> dict[str, Any]:
+    """The fields that all parts of an answer share."""
+    return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": served.name}
+
+
+# -- completions ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TextChoice:
+    """One answer to one prompt, as it grows: its text, and log-probabilities in the form of the older API."""
+
+    served: Served
+    body: CompletionRequest
+    index: int
+    handle: Handle
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    finish: str | None = None
+    offset: int = 0
+    _begun: bool = False
+
+    def feed(self, event: Event) -> dict[str, Any]:
+        """The choice as the piece of a stream that this event is."""
+        echoed = "" if self._begun else self._echo()
+        piece: dict[str, Any] = {"text": echoed + self._said(event), "index": self.index, "finish_reason": event.finish}
+        piece["logprobs"] = self._logprobs(event)
+        if self.body.return_token_ids:
+            piece["token_ids"] = [event.token]
+            if not self._begun:
+                piece["prompt_token_ids"] = list(self.handle.request.prompt)
+        self._begun = True
+        self.text += piece["text"]
+        self.tokens.append(event.token)
+        self.finish = event.finish
+        return piece
+
+    def _said(self, event: Event) -> str:
+        return "" if self.body.max_tokens == 0 else event.text
+
+    def _echo(self) -> str:
+        if not self.body.echo:
+            return ""
+        given = self.body.prompt
+        return given if isinstance(given, str) else self.served.tokenizer.decode(self.handle.request.prompt, False)
+
+    def _logprobs(self, event: Event) -> dict[str, Any] | None:
+        if self.body.logprobs is None:
+            return None
+        out: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        if self.body.echo and not self._begun:
+            self._add(out, self.handle.request.prompt[0], None, None)
+            for (token, logprob), top in self.handle.prompt_logprobs:
+                self._add(out, token, logprob, top)
+        if self.body.max_tokens != 0:
+            self._add(out, event.token, event.logprob, event.top)
+        return out
+
+    def _add(self, out: dict[str, Any], token: int, logprob: float | None, top: Any) -> None:
+        text = self.served.token_text(token)
+        out["tokens"].append(text)
+        out["token_logprobs"].append(None if logprob is None else finite(logprob))
+        likeliest = None if top is None else {self.served.token_text(t): finite(p) for t, p in top}
+        if likeliest is not None and logprob is not None:
+            likeliest.setdefault(text, finite(logprob))
+        out["top_logprobs"].append(likeliest)
+        out["text_offset"].append(self.offset)
+        self.offset += len(self.served.token_bytes(token).decode(errors="replace"))
+
+
+def merge_pieces(pieces: list[dict[str, Any]]) -> dict[str, Any]:
+    """The pieces of one choice as the whole that is sent where nothing is streamed."""
+    whole = {**pieces[0], "text": "".join(p["text"] for p in pieces), "finish_reason": pieces[-1]["finish_reason"]}
+    if pieces[0]["logprobs"] is not None:
+        whole["logprobs"] = {key: [x for p in pieces for x in p["logprobs"][key]] for key in pieces[0]["logprobs"]}
+    if "token_ids" in pieces[0]:
+        whole["token_ids"] = [token for p in pieces for token in p["token_ids"]]
+    return whole
+
+
+# -- chats ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ChatChoice:
+    """One answer in a conversation, as it grows: content, tool calls, log-probabilities."""
+
+    served: Served
+    body: ChatRequest
+    index: int
+    reader: ToolReader | None
+    tokens: list[int] = field(default_factory=list)
+    scored: list[dict[str, Any]] = field(default_factory=list)
+    content: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    finish: str | None = None
+
+    @classmethod
+    def of(cls, served: Served, body: ChatRequest, index: int) -> ChatChoice:
+        tools = body.tools if body.tool_choice != "none" else None
+        names = [tool.function.name for tool in tools or ()]
+        return cls(served, body, index, ToolReader(served.dialect, names) if names else None)
+
+    def feed(self, event: Event) -> list[dict[str, Any]]:
+        """Pieces of a stream: choices with a delta each."""
+        self.tokens.append(event.token)
+        scored = [self._score(event)] if self.body.logprobs else None
+        self.scored += scored or []
+        deltas = self._deltas(event)
+        if event.finish is not None:
+            self.finish = "tool_calls" if self.calls and event.finish == "stop" else event.finish
+        pieces = [self._piece(delta) for delta in deltas] or ([self._piece({})] if scored or event.finish else [])
+        if scored and pieces:
+            pieces[0]["logprobs"] = {"content": scored, "refusal": None}
+        if pieces and self.body.return_token_ids:
+            pieces[0]["token_ids"] = [event.token]
+        if event.finish is not None:
+            pieces[-1]["finish_reason"] = self.finish
+        return pieces
+
+    def _deltas(self, event: Event) -> list[dict[str, Any]]:
+        if self.reader is None:
+            self.content += event.text
+            return [{"content": event.text}] if event.text else []
+        mark = self.served.dialect.begin if event.token == self.served.call_id else ""
+        found = self.reader.feed(mark + event.text)
+        if event.finish is not None:
+            found += self.reader.finish()
+        return [self._take(delta) for delta in found]
+
+    def _take(self, delta: Delta) -> dict[str, Any]:
+        if delta.index is None:
+            self.content += delta.content
+            return {"content": delta.content}
+        if delta.name is not None:
+            function = {"name": delta.name, "arguments": ""}
+            call: dict[str, Any] = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+            self.calls.append(call)
+            return {"tool_calls": [{"index": delta.index, **call, "function": dict(function)}]}
+        self.calls[delta.index]["function"]["arguments"] += delta.arguments
+        return {"tool_calls": [{"index": delta.index, "function": {"arguments": delta.arguments}}]}
+
+    def _piece(self, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"index": self.index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def opening(self) -> dict[str, Any]:
+        """The first piece: who speaks."""
+        return self._piece({"role": "assistant", "content": ""})
+
+    def whole(self) -> dict[str, Any]:
+        """The choice that is sent where nothing is streamed."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.content, "refusal": None}
+        if self.calls:
+            message |= {"content": self.content or None, "tool_calls": self.calls}
+        logprobs = {"content": self.scored, "refusal": None} if self.body.logprobs else None
+        finish = self.finish or "length"
+        whole = {"index": self.index, "message": message, "logprobs": logprobs, "finish_reason": finish}
+        return {**whole, "token_ids": self.tokens} if self.body.return_token_ids else whole
+
+    def _score(self, event: Event) -> dict[str, Any]:
+        def entry(token: int, logprob: float | None) -> dict[str, Any]:
+            data = self.served.token_bytes(token)
+            return {"token": self.served.token_text(token), "logprob": finite(logprob or 0.0), "bytes": list(data)}
+
+        return {**entry(event.token, event.logprob), "top_logprobs": [entry(t, p) for t, p in event.top]}
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinities: what is impossible is very unlikely."""
+    return max(logprob, -9999.0)
+
+
+async def gather(handles: list[Handle]) -> AsyncIterator[tuple[int, Event]]:
+    """The events of several requests, with the number of the request, as they come."""
+    queue: asyncio.Queue[tuple[int, Event | BaseException | None]] = asyncio.Queue()
+
+    async def drain(number: int, handle: Handle) -> None:
+        try:
+            async for event in handle:
+                queue.put_nowait((number, event))
+            queue.put_nowait((number, None))
+        except Exception as error:
+            queue.put_nowait((number, error))
+
+    if len(handles) == 1:
+        async for event in handles[0]:
+            yield 0, event
+        return
+    tasks = [asyncio.create_task(drain(n, handle)) for n, handle in enumerate(handles)]
+    try:
+        left = len(handles)
+        while left:
+            number, item = await queue.get()
+            if item is None:
+                left -= 1
+            elif isinstance(item, BaseException):
+                raise item
+            else:
+                yield number, item
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def include_usage(body: Generation) -> bool:
+    return body.stream_options is not None and body.stream_options.include_usage

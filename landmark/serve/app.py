@@ -1,0 +1,414 @@
+"""The application: routes of OpenAI's protocol, over one engine a model.
+
+app = create_app([Served("my-model", Engine(model, tokenizer), tokenizer)], Limits(keys=["secret"]))
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+
+from ..config import nearest
+from ..infer.engine import EngineError, Event, Handle
+from ..infer.engine import Request as Wanted
+from .answers import ChatChoice, TextChoice, gather, head, include_usage, merge_pieces, usage
+from .errors import ApiError, bad
+from .limits import Gate, Limits
+from .metrics import Metrics
+from .schema import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
+from .served import Served, ServedEncoder, decoder, find
+
+PAGE = Path(__file__).with_name("page")
+T = TypeVar("T")
+
+
+class Error(BaseModel):
+    """What every error looks like."""
+
+    error: dict[str, Any]
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": Error} for status in (400, 401, 404, 408, 413, 429, 500, 503, 504)
+}
+
+
+class Gone(Exception):
+    """The client has left."""
+
+
+class Server:
+    """What the routes share: models, limits, figures."""
+
+    def __init__(self, models: Sequence[Served | ServedEncoder], limits: Limits) -> None:
+        self.models = {served.name: served for served in models}
+        if len(self.models) != len(models):
+            raise ValueError("two models are served under one name; give each its own")
+        self.limits, self.metrics = limits, Metrics(self.models)
+        self.draining = False
+
+    def submit(self, served: Served, requests: Sequence[Wanted]) -> list[Handle]:
+        """Into the engine's queue. Raises a 429 where it is full, a 503 where the server is about to end."""
+        if self.draining:
+            raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "30"})
+        waiting = served.engine.stats().waiting
+        if waiting >= self.limits.queue:
+            raise ApiError(
+                429, f"{waiting} requests wait already; {self.limits.queue} may", code="queue_full",
+                headers={"Retry-After": "5"},
+            )  # fmt: skip
+        handles: list[Handle] = []
+        try:
+            for request in requests:
+                handles.append(served.engine.submit(request))
+        except ValueError as error:
+            for handle in handles:
+                handle.cancel()
+            raise bad(str(error)) from None
+        return handles
+
+    async def events(self, served: Served, handles: list[Handle]) -> AsyncIterator[tuple[int, Event]]:
+        """Of all handles, timed; whatever ends this early cancels the requests."""
+        began = last = time.perf_counter()
+        first = True
+        try:
+            async with asyncio.timeout(self.limits.timeout):
+                async for number, event in gather(handles):
+                    now = time.perf_counter()
+                    (self.metrics.first if first else self.metrics.between).labels(served.name).observe(now - last)
+                    first, last = False, now
+                    yield number, event
+        except TimeoutError:
+            raise ApiError(504, f"no answer within {self.limits.timeout:g} s", code="timeout") from None
+        except EngineError as error:
+            raise ApiError(500, str(error), code="engine_error") from None
+        finally:
+            for handle in handles:
+                if not handle.done:
+                    handle.cancel()
+            self.metrics.whole.labels(served.name).observe(time.perf_counter() - began)
+
+    # -- completions -----------------------------------------------------------------------------------------------
+
+    async def completions(self, body: CompletionRequest, request: Request) -> Response:
+        served = decoder(self.models, body.model)
+        given = body.prompt
+        batch: Any = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+        if len(batch) > 2048:
+            raise bad(f"{len(batch)} prompts; 2048 at most", "prompt")
+        if body.stream and (body.best_of or 1) > (body.n or 1):
+            raise bad("best_of cannot be streamed", "best_of")
+        wanted = [served.completion(body, served.prompt(prompt)) for prompt in batch]
+        handles = self.submit(served, wanted)
+        shared, n = head("text_completion", served, "cmpl"), body.n or 1
+        choices = [
+            TextChoice(served, body if isinstance(given, str) else _one(body, batch[k]), k * n + i, handles[k])
+            for k in range(len(batch))
+            for i in range(n)
+        ]
+        if body.stream:
+
+            async def pieces() -> AsyncIterator[dict[str, Any]]:
+                async for number, event in self.events(served, handles):
+                    yield {**shared, "choices": [choices[number * n + event.index].feed(event)]}
+                if include_usage(body):
+                    yield {**shared, "choices": [], "usage": usage(handles, _said(choices))}
+
+            return _stream(pieces())
+        parts: list[list[dict[str, Any]]] = [[] for _ in choices]
+
+        async def collect() -> None:
+            async for number, event in self.events(served, handles):
+                parts[number * n + event.index].append(choices[number * n + event.index].feed(event))
+
+        await _unless_gone(request, collect())
+        return JSONResponse(
+            {**shared, "choices": [merge_pieces(p) for p in parts], "usage": usage(handles, _said(choices))}
+        )
+
+    # -- chats -----------------------------------------------------------------------------------------------------
+
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
+        served = decoder(self.models, body.model)
+        if body.stream and (body.best_of or 1) > (body.n or 1):
+            raise bad("best_of cannot be streamed", "best_of")
+        tools = body.tools if body.tool_choice != "none" else None
+        prompt = served.chat_prompt(body.messages, tools, **(body.chat_template_kwargs or {}))
+        handles = self.submit(served, [served.chat(body, prompt)])
+        choices = [ChatChoice.of(served, body, i) for i in range(body.n or 1)]
+        if body.stream:
+            shared = head("chat.completion.chunk", served, "chatcmpl")
+
+            async def pieces() -> AsyncIterator[dict[str, Any]]:
+                yield {**shared, "choices": [choice.opening() for choice in choices]}
+                async for _, event in self.events(served, handles):
+                    for piece in choices[event.index].feed(event):
+                        yield {**shared, "choices": [piece]}
+                if include_usage(body):
+                    yield {**shared, "choices": [], "usage": usage(handles, _said(choices))}
+
+            return _stream(pieces())
+
+        async def collect() -> None:
+            async for _, event in self.events(served, handles):
+                choices[event.index].feed(event)
+
+        await _unless_gone(request, collect())
+        shared = head("chat.completion", served, "chatcmpl")
+        whole = [choice.whole() for choice in choices]
+        return JSONResponse({**shared, "choices": whole, "usage": usage(handles, _said(choices))})
+
+    # -- the rest --------------------------------------------------------------------------------------------------
+
+    async def embeddings(self, body: EmbeddingRequest) -> Response:
+        served = find(self.models, body.model)
+        if not isinstance(served, ServedEncoder):
+            raise bad(f"{served.name} generates and gives no embeddings", "model")
+        given = [body.input] if isinstance(body.input, str) else body.input
+        if not all(isinstance(text, str) for text in given):
+            raise bad("input is token ids; give texts, which the model's own tokenizer reads", "input")
+        texts = [text for text in given if isinstance(text, str)]
+        try:
+            vectors = (await asyncio.to_thread(served.encoder.embed, texts)).float().numpy()
+        except ValueError as error:
+            raise bad(str(error), "input") from None
+        if body.dimensions is not None:
+            if body.dimensions > vectors.shape[1]:
+                raise bad(f"dimensions is {body.dimensions}, but vectors have {vectors.shape[1]}", "dimensions")
+            vectors = vectors[:, : body.dimensions]
+            vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        coded = body.encoding_format == "base64"
+        data = [
+            {
+                "object": "embedding",
+                "index": i,
+                "embedding": base64.b64encode(vector.tobytes()).decode() if coded else vector.tolist(),
+            }
+            for i, vector in enumerate(np.ascontiguousarray(vectors, dtype=np.float32))
+        ]
+        read = sum(map(len, served.encoder.encode(texts)))
+        spent = {"prompt_tokens": read, "total_tokens": read}
+        return JSONResponse({"object": "list", "data": data, "model": served.name, "usage": spent})
+
+    def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
+        served = decoder(self.models, body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise bad("give either a prompt or messages", "prompt")
+        if body.messages is not None:
+            ids = served.chat_prompt(body.messages)
+        else:
+            ids = served.tokenizer.encode(body.prompt or "", special=body.add_special_tokens)
+        return {"tokens": ids, "count": len(ids), "max_model_len": served.engine.longest}
+
+    def detokenize(self, body: DetokenizeRequest) -> dict[str, Any]:
+        served = decoder(self.models, body.model)
+        if wrong := [token for token in body.tokens if served.tokenizer.id_to_token(token) is None]:
+            raise bad(f"the token id {wrong[0]} is not in the vocabulary", "tokens")
+        return {"prompt": served.tokenizer.decode(body.tokens, skip_special=False)}
+
+    def listing(self) -> dict[str, Any]:
+        data = []
+        for served in self.models.values():
+            entry = {"id": served.name, "object": "model", "created": served.created, "owned_by": "landmark"}
+            if isinstance(served, Served):
+                chats = served.tokenizer.chat_template is not None
+                entry |= {"max_model_len": served.engine.longest, "chat": chats}
+            data.append(entry)
+        return {"object": "list", "data": data}
+
+    def stats(self) -> dict[str, Any]:
+        return {name: asdict(s.engine.stats()) for name, s in self.models.items() if isinstance(s, Served)}
+
+
+def create_app(models: Sequence[Served | ServedEncoder], limits: Limits = Limits()) -> FastAPI:
+    """The application; its lifespan starts and stops the engines' threads."""
+    server = Server(models, limits)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engines = [served.engine for served in models if isinstance(served, Served)]
+        for engine in engines:
+            engine.start()
+        yield
+        server.draining = True
+        for engine in engines:
+            await asyncio.to_thread(engine.stop)
+
+    app = FastAPI(title="Landmark", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.server = server
+    app.add_middleware(Gate, limits=limits)
+
+    @app.post("/v1/chat/completions", responses=RESPONSES)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """An answer in a conversation."""
+        return await server.chat(body, request)
+
+    @app.post("/v1/completions", responses=RESPONSES)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue texts, or lists of token ids."""
+        return await server.completions(body, request)
+
+    @app.post("/v1/embeddings", responses=RESPONSES)
+    async def embeddings(body: EmbeddingRequest) -> Response:
+        """Vectors of texts."""
+        return await server.embeddings(body)
+
+    @app.get("/v1/models", responses=RESPONSES)
+    def listing() -> dict[str, Any]:
+        """The models that are served."""
+        return server.listing()
+
+    @app.get("/v1/models/{name:path}", responses=RESPONSES)
+    def one_model(name: str) -> dict[str, Any]:
+        """One of them."""
+        find(server.models, name)
+        found: dict[str, Any] = next(entry for entry in server.listing()["data"] if entry["id"] == name)
+        return found
+
+    @app.post("/tokenize", responses=RESPONSES)
+    def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        """Ids of a text, or of a conversation."""
+        return server.tokenize(body)
+
+    @app.post("/detokenize", responses=RESPONSES)
+    def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        """The text of ids."""
+        return server.detokenize(body)
+
+    @app.get("/health", responses=RESPONSES)
+    def health() -> dict[str, str]:
+        """Whether requests are taken."""
+        if server.draining:
+            raise ApiError(503, "the server is shutting down", code="shutting_down")
+        return {"status": "ok"}
+
+    @app.get("/metrics", response_class=Response)
+    def metrics() -> Response:
+        """Figures in Prometheus' text format."""
+        return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/stats")
+    def stats() -> dict[str, Any]:
+        """The engines' figures as JSON."""
+        return server.stats()
+
+    if PAGE.is_dir():
+        app.mount("/page", StaticFiles(directory=PAGE), name="page")
+
+        @app.get("/", include_in_schema=False)
+        def page() -> FileResponse:
+            return FileResponse(PAGE / "index.html")
+
+    _handle_errors(app, server)
+    return app
+
+
+def _handle_errors(app: FastAPI, server: Server) -> None:
+    def answer(request: Request, error: ApiError) -> JSONResponse:
+        return JSONResponse(error.body(), error.status, error.headers)
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> JSONResponse:
+        return answer(request, error)
+
+    @app.exception_handler(Gone)
+    async def gone(request: Request, error: Gone) -> Response:
+        return Response(status_code=499)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return answer(request, explain(error))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        message = (
+            f"there is no {request.method} {request.url.path}" if error.status_code in (404, 405) else error.detail
+        )
+        return answer(request, ApiError(error.status_code, message, headers=dict(error.headers or {})))
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return answer(request, ApiError(500, f"the server failed: {type(error).__name__}", code="internal_error"))
+
+    @app.middleware("http")
+    async def count(request: Request, call_next: Any) -> Response:
+        response: Response = await call_next(request)
+        route = request.scope.get("route")
+        server.metrics.requests.labels(getattr(route, "path", "other"), str(response.status_code)).inc()
+        return response
+
+
+def explain(error: RequestValidationError | ValidationError) -> ApiError:
+    """The first thing that is wrong, in one line that names the field."""
+    first = error.errors()[0]
+    kinds = ("body", "str", "list[constrained-int]", "list[str]")
+    path = [
+        str(part) for part in first["loc"] if part not in kinds and not str(part).startswith(("list[", "constrained"))
+    ]
+    field = ".".join(path) or None
+    if first["type"] == "extra_forbidden":
+        known = (*ChatRequest.model_fields, *CompletionRequest.model_fields, *EmbeddingRequest.model_fields)
+        return bad(f"unknown field {field!r}{nearest(path[-1], set(known))}", field, "unknown_field")
+    if first["type"] == "json_invalid":
+        return bad(f"the body is not JSON: {first.get('ctx', {}).get('error', 'it cannot be read')}", None, "bad_json")
+    if field is None:
+        return bad(f"the body is wrong: {first['msg']}; send a JSON object with Content-Type: application/json")
+    return bad(f"{field}: {first['msg']}", field, "invalid_value")
+
+
+def _one(body: CompletionRequest, prompt: Any) -> CompletionRequest:
+    """The request as if it had only this one of its prompts."""
+    return body.model_copy(update={"prompt": prompt})
+
+
+def _said(choices: Sequence[TextChoice | ChatChoice]) -> int:
+    return sum(len(choice.tokens) for choice in choices)
+
+
+def _stream(pieces: AsyncIterator[dict[str, Any]]) -> StreamingResponse:
+    async def lines() -> AsyncIterator[bytes]:
+        try:
+            async for piece in pieces:
+                yield b"data: " + json.dumps(piece, ensure_ascii=False).encode("utf-8", "replace") + b"\n\n"
+        except ApiError as error:
+            yield b"data: " + json.dumps(error.body()).encode() + b"\n\n"
+            return
+        finally:
+            await pieces.aclose()  # type: ignore[attr-defined]
+        yield b"data: [DONE]\n\n"
+
+    return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The result, or, where the client leaves first, an end to the work."""
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(left())
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Gone
+        return task.result()
+    finally:
+        for pending in (task, leaving):
+            pending.cancel()
+        await asyncio.gather(task, leaving, return_exceptions=True)

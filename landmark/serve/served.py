@@ -1,0 +1,266 @@
+"""A model that is served: its engine, its tokenizer, and how requests of the protocol become the engine's."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from ..infer.chat import end_of_turn, prompt_ids
+from ..infer.constrain import Forms
+from ..infer.defaults import recommended, stop_ids
+from ..infer.engine import Engine, Request, Sampling
+from ..infer.sentences import SentenceEncoder
+from ..models.decoder import Decoder
+from ..weights.tokenizer import Tokenizer
+from .errors import ApiError, bad
+from .schema import ChatRequest, CompletionRequest, Generation, Message, ResponseFormat, Tool
+from .tools import Dialect, dialect, grammar
+
+
+@dataclass
+class Served:
+    """A decoder with its engine. `created` is when it was put up, in Unix seconds."""
+
+    name: str
+    engine: Engine
+    tokenizer: Tokenizer
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def model(self) -> Decoder:
+        return self.engine.model
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """What ends an answer."""
+        return stop_ids(self.model, self.tokenizer)
+
+    @cached_property
+    def turn_ids(self) -> tuple[int, ...]:
+        """What ends an answer in a conversation."""
+        own = end_of_turn(self.tokenizer) if self.tokenizer.chat_template is not None else []
+        return tuple({*self.stop_ids, *own})
+
+    @cached_property
+    def forms(self) -> Forms:
+        return Forms(self.tokenizer, self.model.cfg.head.vocab, self.turn_ids)
+
+    @cached_property
+    def dialect(self) -> Dialect:
+        return dialect(self.tokenizer.chat_template)
+
+    @cached_property
+    def call_id(self) -> int | None:
+        """The special token that begins a tool call, where it is one."""
+        token = self.tokenizer.token_to_id(self.dialect.begin)
+        return token if token in self.tokenizer.special_ids else None
+
+    # -- prompts ---------------------------------------------------------------------------------------------------
+
+    def prompt(self, text: str | Sequence[int]) -> list[int]:
+        """Ids of a text to be continued, or ids as they were given."""
+        ids = prompt_ids(self.tokenizer, text) if isinstance(text, str) else list(text)
+        self.check_length(ids)
+        return ids
+
+    def chat_prompt(
+        self, messages: Sequence[Message], tools: Sequence[Tool] | None = None, **variables: Any
+    ) -> list[int]:
+        """Ids of a conversation, as the model's chat template writes it."""
+        if self.tokenizer.chat_template is None:
+            raise bad(f"{self.name} has no chat template; use /v1/completions", "messages", "no_chat_template")
+        said = [as_plain(message) for message in messages]
+        functions = [tool.model_dump(exclude_none=True) for tool in tools] if tools else None
+        try:
+            ids = self.tokenizer.encode_chat(said, functions, **variables)
+        except ValueError as error:
+            raise bad(str(error), "messages") from None
+        self.check_length(ids)
+        return ids
+
+    def check_length(self, ids: Sequence[int]) -> None:
+        longest, vocab = self.engine.longest, self.model.cfg.embed.vocab
+        if not ids:
+            raise bad("the prompt is empty; give at least one token", "prompt")
+        if longest is not None and len(ids) > longest:
+            raise bad(
+                f"the prompt has {len(ids)} tokens, but {self.name} takes {longest} at most", "prompt",
+                "context_length_exceeded",
+            )  # fmt: skip
+        if wrong := [token for token in ids if token >= vocab]:
+            raise bad(f"the prompt holds the id {wrong[0]}, but the vocabulary ends at {vocab - 1}", "prompt")
+
+    # -- settings --------------------------------------------------------------------------------------------------
+
+    def sampling(self, body: Generation, max_tokens: int, ends: tuple[int, ...]) -> Sampling:
+        """How to draw, as the request says, or else the model's own files."""
+        stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+        if len(stop) > 64:
+            raise bad(f"{len(stop)} stop strings; 64 at most", "stop")
+        own = () if body.ignore_eos else ends
+        changes: dict[str, Any] = {
+            "temperature": body.temperature, "top_p": body.top_p, "min_p": body.min_p, "seed": body.seed,
+            "top_k": None if body.top_k is None else max(body.top_k, 0), "stop": stop, "max_tokens": max_tokens,
+            "presence_penalty": body.presence_penalty, "frequency_penalty": body.frequency_penalty,
+            "repetition_penalty": body.repetition_penalty, "stop_ids": (*own, *(body.stop_token_ids or ())),
+            "logit_bias": self.logit_bias(body.logit_bias),
+        }  # fmt: skip
+        if body.seed is not None and body.seed < 0:
+            changes["seed"] = body.seed % 2**63
+        try:
+            return recommended(self.model, **changes)
+        except ValueError as error:
+            raise bad(str(error), str(error).split()[0]) from None
+
+    def logit_bias(self, given: Mapping[str, float] | None) -> dict[int, float] | None:
+        if given is None:
+            return None
+        vocab = self.model.cfg.head.vocab
+        for key in given:
+            if not key.isascii() or not key.isdigit() or int(key) >= vocab:
+                raise bad(f"{key!r} is no token id below {vocab}", "logit_bias")
+        return {int(key): bias for key, bias in given.items()}
+
+    def room(self, prompt: Sequence[int], wanted: int | None) -> int:
+        """How long an answer may be: as long as is wanted, or what the prompt leaves."""
+        longest = self.engine.longest
+        return wanted or (256 if longest is None else longest - len(prompt) + 1)
+
+    def guide(self, form: ResponseFormat | None) -> Any:
+        """What keeps an answer to `response_format`; None for plain text."""
+        try:
+            match form:
+                case None | ResponseFormat(type="text"):
+                    return None
+                case ResponseFormat(type="json_object"):
+                    return self.forms.json()
+                case ResponseFormat(type="json_schema", json_schema=wanted) if wanted is not None:
+                    return self.forms.json_schema(wanted.schema_)
+                case ResponseFormat(type="regex", regex=wanted) if wanted is not None:
+                    return self.forms.regex(wanted)
+                case ResponseFormat(type="grammar", grammar=wanted) if wanted is not None:
+                    return self.forms.grammar(wanted)
+        except ValueError as error:
+            raise bad(str(error), "response_format", "invalid_form") from None
+        raise bad(f"response_format of type {form.type!r} needs the field {form.type!r}", "response_format")
+
+    def completion(self, body: CompletionRequest, prompt: list[int]) -> Request:
+        room = self.room(prompt, 16 if body.max_tokens is None else max(1, body.max_tokens))
+        top = body.logprobs
+        return self.request(
+            body, prompt, self.sampling(body, room, self.stop_ids), top, guide=self.guide(body.response_format),
+            prompt_logprobs=top if body.echo and top is not None else None,
+        )  # fmt: skip
+
+    def chat(self, body: ChatRequest, prompt: list[int]) -> Request:
+        room = self.room(prompt, body.max_completion_tokens or body.max_tokens)
+        if body.top_logprobs and not body.logprobs:
+            raise bad("top_logprobs needs logprobs to be true", "top_logprobs")
+        guide, forced = self.guide(body.response_format), self.forced_call(body)
+        if forced is not None and guide is not None:
+            raise bad("response_format and a required tool call exclude each other", "tool_choice")
+        top = body.top_logprobs or 0 if body.logprobs else None
+        return self.request(body, prompt, self.sampling(body, room, self.turn_ids), top, guide=forced or guide)
+
+    def forced_call(self, body: ChatRequest) -> Any:
+        """The form of an answer that has to call a function; None where it need not."""
+        if body.tool_choice in (None, "none", "auto"):
+            return None
+        functions = [tool.function for tool in body.tools or ()]
+        if not functions:
+            raise bad("tool_choice asks for a call, but there are no tools", "tool_choice")
+        if not isinstance(body.tool_choice, str):
+            wanted = body.tool_choice.function.name
+            functions = [function for function in functions if function.name == wanted]
+            if not functions:
+                raise bad(f"tool_choice names {wanted!r}, which is not among the tools", "tool_choice")
+        parallel = body.parallel_tool_calls is not False and isinstance(body.tool_choice, str)
+        described = [function.model_dump(exclude_none=True) for function in functions]
+        try:
+            return self.forms.grammar(grammar(self.dialect, described, parallel, self.call_id))
+        except ValueError as error:
+            raise bad(str(error), "tools", "invalid_form") from None
+
+    def request(
+        self, body: Generation, prompt: list[int], sampling: Sampling, top: int | None, *, guide: Any,
+        prompt_logprobs: int | None = None,
+    ) -> Request:  # fmt: skip
+        n, vocab = body.n or 1, self.model.cfg.head.vocab
+        if body.best_of is not None and body.best_of < n:
+            raise bad(f"best_of is {body.best_of}, fewer than n = {n}", "best_of")
+        if wrong := [token for token in sampling.stop_ids or () if token >= vocab]:
+            raise bad(f"stop_token_ids holds {wrong[0]}, but the vocabulary ends at {vocab - 1}", "stop_token_ids")
+        return Request(
+            prompt=prompt, sampling=sampling, n=n, best_of=body.best_of, priority=body.priority, guide=guide,
+            logprobs=None if top is None else body.logprobs_of, top=top or 0, prompt_logprobs=prompt_logprobs,
+        )  # fmt: skip
+
+    # -- tokens as text --------------------------------------------------------------------------------------------
+
+    def token_text(self, token: int) -> str:
+        """A token by itself; one that is no whole text as "bytes:\\xNN...", so that different tokens look different."""
+        if token in self.tokenizer.special_ids:
+            return self.tokenizer.id_to_token(token) or ""
+        data = self.token_bytes(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def token_bytes(self, token: int) -> bytes:
+        if token in self.tokenizer.special_ids or token >= self.tokenizer.vocab_size:
+            return (self.tokenizer.id_to_token(token) or "").encode()
+        try:
+            return self.tokenizer.token_bytes(token)
+        except ValueError:  # a hole in the vocabulary
+            return b""
+
+
+@dataclass
+class ServedEncoder:
+    """A model of sentence vectors."""
+
+    name: str
+    encoder: SentenceEncoder
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+def as_plain(message: Message) -> dict[str, Any]:
+    """A message as chat templates read them: text in one piece, arguments of calls as objects."""
+    plain = message.model_dump(exclude_none=True, include={"role", "name", "tool_call_id"})
+    content = message.content
+    plain["content"] = content if isinstance(content, str) else "".join(part.text for part in content or ())
+    if message.tool_calls:
+        plain["tool_calls"] = [call.model_dump(exclude_none=True, exclude={"index"}) for call in message.tool_calls]
+        for call in plain["tool_calls"]:
+            call["function"]["arguments"] = _json(call["function"]["arguments"])
+    return plain
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def find(models: Mapping[str, Served | ServedEncoder], name: str | None) -> Served | ServedEncoder:
+    """The model of that name. Raises a 404 that lists those there are."""
+    if name is None and len(models) == 1:
+        return next(iter(models.values()))
+    if name is None or name not in models:
+        known = ", ".join(models)
+        raise ApiError(404, f"there is no model {name!r}; served are: {known}", param="model", code="model_not_found")
+    return models[name]
+
+
+def decoder(models: Mapping[str, Served | ServedEncoder], name: str | None) -> Served:
+    """The model of that name, if it generates."""
+    found = find(models, name)
+    if not isinstance(found, Served):
+        raise bad(f"{found.name} gives embeddings and does not generate", "model")
+    return found
