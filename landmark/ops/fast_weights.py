@@ -60,6 +60,10 @@ class Memory(NamedTuple):
         base = tuple(w.expand(sequences, *w.shape) for w in matrices)
         return cls(base, base, tuple(torch.zeros_like(w) for w in base))
 
+    def to(self, dtype: torch.dtype) -> Memory:
+        """The same in another precision."""
+        return Memory(*(tuple(w.to(dtype) for w in part) for part in self))
+
 
 class Steps(NamedTuple):
     """What the tokens of a chunk do to its weights; N = chunks * heads.

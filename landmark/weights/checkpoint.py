@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import nn
 from ..config import ModelConfig, from_dict, nearest, to_dict
 from ..models.base import Model, Origin
 from ..models.registry import Family, Keys, family_of, published
@@ -111,6 +114,8 @@ def build(hf: Mapping[str, Any]) -> Model:
 def read_config(hf: Mapping[str, Any]) -> tuple[ModelConfig, Family | None]:
     """Our config from a config.json, and its family; None for our own layout."""
     if (hf.get("architectures") or [None])[0] == NATIVE:
+        for module in pkgutil.iter_modules(nn.__path__):  # so that every part is known by its name
+            importlib.import_module(f"{nn.__name__}.{module.name}")
         config = from_dict(hf["config"])
         if not isinstance(config, ModelConfig):
             raise ValueError('config.json: "config" does not describe a whole model')

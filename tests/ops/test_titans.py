@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def arguments(bounds: Bounds, depth: int, normed: bool = True, dtype: torch.dtyp
     widths = [D, *[2 * D] * (depth - 1), D]
     return {
         **{name: draw(bounds.rows, bounds.width, HEADS, D, std=0.7) for name in "qkv"},
-        "weights": tuple(draw(HEADS, i, o, std=0.4) for i, o in zip(widths[:-1], widths[1:], strict=True)),
+        "weights": tuple(draw(HEADS, i, o, std=0.4) for i, o in pairwise(widths)),
         "forget": between(0, 0.3), "persist": between(0, 0.9), "rate": between(0, 0.2),
         "norm": Norm(1 + draw(HEADS, D, std=0.2), draw(HEADS, D, std=0.2), 1e-6) if normed else None,
         "bounds": bounds,

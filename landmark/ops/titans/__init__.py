@@ -55,7 +55,7 @@ def neural_memory(
     net = Net(act, False, norm and Norm(norm.weight.to(work), norm.bias.to(work), norm.eps))
     args = (
         net, q.to(work), k.to(work), v.to(work), tuple(w.to(work) for w in weights), forget.to(work),
-        persist.to(work), rate.to(work), chunk, bounds, initial, before,
+        persist.to(work), rate.to(work), chunk, bounds, initial and initial.to(work), before,
     )  # fmt: skip
     one = initial is not None and bounds.dense and bounds.width == 1
     if backend is None:

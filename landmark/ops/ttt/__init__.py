@@ -53,7 +53,7 @@ def ttt(
     net = Net(act, inner > q.shape[-1], norm and Norm(norm.weight.to(work), norm.bias.to(work), norm.eps))
     args = (
         net, q.to(work), k.to(work), v.to(work), tuple(w.to(work) for w in weights), rate.to(work), scale.to(work),
-        bounds, initial, before,
+        bounds, initial and initial.to(work), before,
     )  # fmt: skip
     one = initial is not None and bounds.dense and bounds.width == 1
     if backend is None:
