@@ -17,10 +17,13 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+CHOOSERS = ("router.linear", "query")  # what picks experts: a choice that rounding would change
+
+
 class LinearConfig(Config, ABC, abstract=True):
     """What stands for a `Linear` of a layer, such as a quantised one."""
 
-    skip: tuple[str, ...] = ()  # names, or ends of dotted names, of those that stay as they are
+    skip: tuple[str, ...] = CHOOSERS  # ends of the dotted names of those that stay as they are
 
     @abstractmethod
     def build(self, linear: Linear) -> nn.Module:

@@ -13,7 +13,7 @@ from ..models.backbone import Backbone
 from ..models.base import Model
 from ..models.quantised import published
 from ..nn.bitlinear import BitLinear, PackedBitLinear
-from ..nn.linear import LinearConfig
+from ..nn.linear import CHOOSERS, LinearConfig
 from ..ops.quant.ternary import absmean, pack, ternary
 from .rebuild import rebuilt, replace_configs
 
@@ -69,4 +69,4 @@ def pack_ternary(model: Model) -> Model:
 
 def _said(linear: LinearConfig) -> list[dict[str, Any]]:
     """What config.json says of it; nothing says that some maps are skipped."""
-    return [] if linear.skip else [{"quantization_config": published(linear)}]
+    return [] if linear.skip != CHOOSERS else [{"quantization_config": published(linear)}]
