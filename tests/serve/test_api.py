@@ -1,0 +1,245 @@
+"""OpenAI's protocol, as the official client and the evaluation harness use it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel
+
+from landmark.infer.generate import generate
+from landmark.infer.sampling import Sampling
+
+from .conftest import Live, model_and_tokenizer
+
+HELLO = [{"role": "user", "content": "hello"}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Weather of a city.",
+            "parameters": {
+                "type": "object", "properties": {"city": {"type": "string", "maxLength": 6}}, "required": ["city"],
+                "additionalProperties": False,
+            },
+        },
+    }
+]  # fmt: skip
+
+
+def client(tiny: Live) -> OpenAI:
+    return OpenAI(base_url=tiny.url + "/v1", api_key="none", max_retries=0)
+
+
+def expected(prompt: list[int], **settings: Any) -> Any:
+    model, tokenizer = model_and_tokenizer()
+    return generate(model, [prompt], Sampling(**settings), tokenizer=tokenizer)[0]
+
+
+def test_models(tiny: Live) -> None:
+    assert [m.id for m in client(tiny).models.list()] == ["tiny", "other", "vectors"]
+    assert client(tiny).models.retrieve("other").id == "other"
+
+
+def test_a_completion_is_what_the_library_generates(tiny: Live) -> None:
+    _, tokenizer = model_and_tokenizer()
+    prompt = "The with statement"
+    want = expected(tokenizer.encode(prompt, special=True), temperature=0, max_tokens=12, stop_ids=())
+    got = client(tiny).completions.create(
+        model="tiny", prompt=prompt, temperature=0, max_tokens=12, extra_body={"ignore_eos": True}
+    )
+    assert got.choices[0].text == want.text and got.usage is not None and got.usage.completion_tokens == 12
+    pieces = client(tiny).completions.create(
+        model="tiny", prompt=prompt, temperature=0, max_tokens=12, stream=True, extra_body={"ignore_eos": True}
+    )
+    assert "".join(piece.choices[0].text for piece in pieces) == want.text
+
+
+def test_echo_with_logprobs_of_a_batch_of_ids(tiny: Live) -> None:
+    """What lm-eval sends: token ids, echo, one token more; its log-probabilities are the model's."""
+    model, _ = model_and_tokenizer()
+    batch = [[5, 6, 7, 8], [9, 10, 11]]
+    got = client(tiny).completions.create(
+        model="tiny", prompt=batch, max_tokens=1, temperature=0, logprobs=1, echo=True, seed=1234
+    )
+    for ids, choice in zip(batch, got.choices, strict=True):
+        logprobs = choice.logprobs
+        assert logprobs is not None and logprobs.token_logprobs is not None and logprobs.top_logprobs is not None
+        assert len(logprobs.tokens or ()) == len(logprobs.text_offset or ()) == len(ids) + 1
+        assert logprobs.token_logprobs[0] is None and logprobs.top_logprobs[0] is None
+        with torch.no_grad():
+            table = model(torch.tensor([ids]))[0].log_softmax(-1)
+        for i in range(1, len(ids)):
+            assert math.isclose(logprobs.token_logprobs[i], table[i - 1, ids[i]].item(), abs_tol=1e-4)
+            assert math.isclose(max(logprobs.top_logprobs[i].values()), table[i - 1].max().item(), abs_tol=1e-4)
+        assert math.isclose(logprobs.token_logprobs[-1], table[-1].max().item(), abs_tol=1e-4)
+
+
+def test_chat_streamed_and_whole_are_equal(tiny: Live) -> None:
+    asked: Any = dict(model="tiny", messages=HELLO, temperature=1, seed=7, max_tokens=20, logprobs=True, top_logprobs=3)
+    whole = client(tiny).chat.completions.create(**asked, n=2)
+    content: dict[int, str] = {0: "", 1: ""}
+    scored: dict[int, list[Any]] = {0: [], 1: []}
+    finish: dict[int, str | None] = {}
+    usage = None
+    for chunk in client(tiny).chat.completions.create(
+        **asked, n=2, stream=True, stream_options={"include_usage": True}
+    ):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            content[choice.index] += choice.delta.content or ""
+            scored[choice.index] += (choice.logprobs.content or []) if choice.logprobs else []
+            finish[choice.index] = choice.finish_reason
+    assert usage == whole.usage and usage is not None and usage.completion_tokens == sum(map(len, scored.values()))
+    for choice in whole.choices:
+        assert choice.message.content == content[choice.index] and choice.finish_reason == finish[choice.index]
+        assert choice.logprobs is not None and choice.logprobs.content is not None
+        near = zip(choice.logprobs.content, scored[choice.index], strict=True)
+        for a, b in near:
+            assert a.token == b.token and math.isclose(a.logprob, b.logprob, abs_tol=1e-4) and len(a.top_logprobs) == 3
+            assert bytes(a.bytes or ()).decode(errors="replace") or a.token == ""
+    first = whole.choices[0].message.content
+    assert first is not None and whole.choices[1].message.content != first
+
+
+def test_async_and_many_at_once(tiny: Live) -> None:
+    async def ask() -> list[str | None]:
+        async with AsyncOpenAI(base_url=tiny.url + "/v1", api_key="none") as c:
+            tasks = [
+                c.chat.completions.create(model="tiny", messages=HELLO, seed=s % 3, max_tokens=8 + s % 3)  # type: ignore[arg-type]
+                for s in range(12)
+            ]
+            return [answer.choices[0].message.content for answer in await asyncio.gather(*tasks)]
+
+    answers = asyncio.run(ask())
+    assert answers[:3] * 4 == answers and len(set(answers)) == 3
+
+
+class Person(BaseModel):
+    age: int
+    kind: bool
+
+
+def test_parse(tiny: Live) -> None:
+    got = client(tiny).chat.completions.parse(
+        model="tiny", messages=HELLO, response_format=Person, max_tokens=80, seed=1
+    )  # type: ignore[arg-type]
+    assert isinstance(got.choices[0].message.parsed, Person)
+    ours: Any = {"response_format": {"type": "regex", "regex": "[ab]{4}x"}}
+    got_ours = client(tiny).chat.completions.create(model="tiny", messages=HELLO, extra_body=ours)  # type: ignore[arg-type]
+    text = got_ours.choices[0].message.content or ""
+    assert len(text) == 5 and text[-1] == "x" and set(text[:4]) <= {"a", "b"}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_tool_calls_streamed_and_whole_are_equal(tiny: Live, choice: Any) -> None:
+    asked: Any = dict(model="tiny", messages=HELLO, tools=TOOLS, tool_choice=choice, seed=3, max_tokens=120)
+    asked["parallel_tool_calls"] = False
+    whole = client(tiny).chat.completions.create(**asked).choices[0]
+    assert whole.finish_reason == "tool_calls" and whole.message.tool_calls
+    (call,) = whole.message.tool_calls
+    assert call.type == "function" and call.function.name == "get_weather"
+    assert set(json.loads(call.function.arguments)) == {"city"}
+    name, arguments, finish = "", "", None
+    for chunk in client(tiny).chat.completions.create(**asked, stream=True):
+        for delta in chunk.choices[0].delta.tool_calls or ():
+            assert delta.index == 0 and delta.function is not None
+            name += delta.function.name or ""
+            arguments += delta.function.arguments or ""
+        finish = chunk.choices[0].finish_reason or finish
+    assert (name, arguments, finish) == (call.function.name, call.function.arguments, "tool_calls")
+    back: Any = [*HELLO, whole.message, {"role": "tool", "tool_call_id": call.id, "content": "sunny"}]
+    assert client(tiny).chat.completions.create(model="tiny", messages=back, max_tokens=3).choices
+
+
+def test_ids_and_sampled_logprobs(tiny: Live) -> None:
+    ours: Any = {"return_token_ids": True, "logprobs_of": "sampled", "top_k": 1}
+    got = client(tiny).completions.create(model="tiny", prompt=[5, 6, 7], max_tokens=4, logprobs=0, extra_body=ours)
+    choice: Any = got.choices[0]
+    assert len(choice.token_ids) == 4 and choice.logprobs.token_logprobs == [0.0] * 4
+    best = client(tiny).completions.create(model="tiny", prompt=[5, 6, 7], max_tokens=6, best_of=4, n=2, seed=0)
+    assert len(best.choices) == 2
+
+
+def test_embeddings(tiny: Live) -> None:
+    texts = ["a cat", "a dog that barks"]
+    got = client(tiny).embeddings.create(model="vectors", input=texts)  # base64 underneath
+    plain = client(tiny).embeddings.create(model="vectors", input=texts, encoding_format="float", dimensions=16)
+    encoder: Any = tiny.models[2]
+    torch.testing.assert_close(
+        torch.tensor([d.embedding for d in got.data]), encoder.encoder.embed(texts), atol=1e-5, rtol=0
+    )
+    assert [len(d.embedding) for d in plain.data] == [16, 16]
+
+
+def test_tokenize_and_back(tiny: Live) -> None:
+    post = httpx.post(tiny.url + "/tokenize", json={"model": "tiny", "prompt": "import os"}).json()
+    back = httpx.post(tiny.url + "/detokenize", json={"model": "tiny", "tokens": post["tokens"]}).json()
+    assert back["prompt"].endswith("import os") and post["count"] == len(post["tokens"])
+    chat = httpx.post(tiny.url + "/tokenize", json={"model": "tiny", "messages": HELLO}).json()
+    assert chat["count"] > post["count"]
+
+
+def test_metrics_and_health(tiny: Live) -> None:
+    assert httpx.get(tiny.url + "/health").json() == {"status": "ok"}
+    text = httpx.get(tiny.url + "/metrics").text
+    assert 'landmark_engine_finished_total{model="tiny"}' in text and "landmark_time_to_first_token_seconds" in text
+    assert set(httpx.get(tiny.url + "/stats").json()) == {"tiny", "other"}
+
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("temperature", {"temperature": -1}, "temperature"),
+    ("temperature", {"temperature": "hot"}, "temperature"),
+    ("n", {"n": 10**6}, "n:"),
+    ("n", {"n": 0}, "n:"),
+    ("tempratur", {"tempratur": 1}, "did you mean 'temperature'"),
+    ("logit_bias", {"logit_bias": {"x": 1}}, "no token id"),
+    ("logit_bias", {"logit_bias": {"99999": 1}}, "no token id"),
+    ("response_format", {"response_format": {"type": "json_schema"}}, "needs the field"),
+    (
+        "response_format",
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "strin"}}}},
+        "strin",
+    ),
+    ("response_format", {"response_format": {"type": "regex", "regex": "(a"}}, "regular expression"),
+    ("response_format.type", {"response_format": {"type": "xml"}}, "response_format.type"),
+    ("tool_choice", {"tool_choice": "required"}, "no tools"),
+    ("top_logprobs", {"top_logprobs": 3}, "needs logprobs"),
+    ("best_of", {"best_of": 1, "n": 2}, "fewer than n"),
+    ("stop", {"stop": ["x"] * 65}, "64 at most"),
+    ("stop_token_ids", {"stop_token_ids": [10**7]}, "vocabulary ends"),
+    ("messages", {"messages": []}, "messages"),
+    ("messages.0.role", {"messages": [{"role": "king", "content": "x"}]}, "messages.0.role"),
+]
+
+
+@pytest.mark.parametrize(("param", "change", "message"), BAD, ids=[str(b[1])[:40] for b in BAD])
+def test_bad_requests(tiny: Live, param: str, change: dict[str, Any], message: str) -> None:
+    answer = httpx.post(tiny.url + "/v1/chat/completions", json={"model": "tiny", "messages": HELLO, **change})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["type"] == "invalid_request_error", answer.text
+    assert error["param"] == param and message in error["message"] and "\n" not in error["message"], error
+
+
+def test_typed_errors(tiny: Live) -> None:
+    c = client(tiny)
+    with pytest.raises(openai.NotFoundError, match="served are: tiny, other, vectors"):
+        c.completions.create(model="tinny", prompt="a")
+    with pytest.raises(openai.BadRequestError, match="takes 512 at most") as caught:
+        c.completions.create(model="tiny", prompt=[5] * 513)
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="gives embeddings"):
+        c.completions.create(model="vectors", prompt="a")
+    for content, what in ((b"{bad", "JSON"), (b'{"model": "tiny", "prompt": "\xff"}', "JSON"), (b"[]", "body")):
+        answer = httpx.post(tiny.url + "/v1/completions", content=content, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400 and what in answer.json()["error"]["message"], answer.text
+    assert httpx.get(tiny.url + "/nope").status_code == 404
+    assert httpx.get(tiny.url + "/v1/completions").status_code == 405

@@ -1,0 +1,145 @@
+"""What stands before the server: keys, sizes, queues, time; and that nobody who leaves keeps his place."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+
+from landmark.serve.limits import Limits
+
+from .conftest import live, served
+
+ASK: dict[str, Any] = {"model": "tiny", "prompt": [5, 6, 7], "ignore_eos": True}
+
+
+def until(condition: Any, seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def test_keys() -> None:
+    with live([served()], Limits(keys=("one", "two"))) as running:
+        for key in ("one", "two"):
+            assert OpenAI(base_url=running.url + "/v1", api_key=key).models.list().data
+        with pytest.raises(openai.AuthenticationError, match="the API key is wrong"):
+            OpenAI(base_url=running.url + "/v1", api_key="three").models.list()
+        assert httpx.get(running.url + "/v1/models").status_code == 401
+        assert httpx.get(running.url + "/metrics").status_code == 401
+        assert httpx.get(running.url + "/health").status_code == 200
+
+
+def test_bodies_that_are_too_large_or_too_slow() -> None:
+    with live([served()], Limits(body=1000, patience=0.3)) as running:
+        large = httpx.post(running.url + "/v1/completions", json={**ASK, "prompt": "x" * 2000})
+        assert large.status_code == 413 and "1,000 at most" in large.json()["error"]["message"]
+        host, port = running.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as slow:
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            assert b" 408 " in slow.recv(1000)
+
+
+def test_a_rate() -> None:
+    with live([served()], Limits(rate=3)) as running:
+        answers = [httpx.get(running.url + "/v1/models") for _ in range(5)]
+        assert [a.status_code for a in answers] == [200, 200, 200, 429, 429]
+        assert 1 <= int(answers[-1].headers["Retry-After"]) <= 20
+
+
+def test_a_full_queue() -> None:
+    with live([served(max_batch=1)], Limits(queue=1)) as running:
+        codes: list[int] = []
+
+        def ask() -> None:
+            codes.append(
+                httpx.post(running.url + "/v1/completions", json={**ASK, "max_tokens": 400}, timeout=60).status_code
+            )
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        threads[0].start()
+        until(lambda: running.engine.stats().running == 1)
+        threads[1].start()
+        until(lambda: running.engine.stats().waiting >= 1)
+        answer = httpx.post(running.url + "/v1/completions", json=ASK)
+        assert (
+            answer.status_code == 429
+            and answer.headers["Retry-After"]
+            and answer.json()["error"]["code"] == "queue_full"
+        )
+        for thread in threads:
+            thread.join()
+        assert codes == [200, 200]
+
+
+def test_time_runs_out() -> None:
+    with live([served()], Limits(timeout=0.05)) as running:
+        answer = httpx.post(running.url + "/v1/completions", json={**ASK, "max_tokens": 500}, timeout=30)
+        assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
+        until(lambda: running.engine.stats().running == 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_place(stream: bool) -> None:
+    with live([served(max_batch=2)]) as running:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                running.url + "/v1/completions", json={**ASK, "max_tokens": 500, "n": 2, "stream": False}, timeout=0.1
+            ) if not stream else _leave_stream(running.url)
+        until(lambda: running.engine.stats().running == 0)
+        assert running.engine.stats().cancelled == 1
+        assert httpx.post(running.url + "/v1/completions", json={**ASK, "max_tokens": 2}).status_code == 200
+
+
+def _leave_stream(url: str) -> None:
+    with httpx.stream("POST", url + "/v1/completions", json={**ASK, "max_tokens": 500, "stream": True}) as answer:
+        for _ in zip(range(3), answer.iter_lines(), strict=False):
+            pass
+    raise httpx.ReadTimeout("left")
+
+
+def test_a_crash_of_the_engine_is_an_error_and_the_next_request_is_served() -> None:
+    with live([served()]) as running:
+        model: Any = running.engine.model
+        plain, broken = model.hidden, [True]
+
+        def hidden(*args: Any, **kwargs: Any) -> Any:
+            if broken.pop() if broken else False:
+                raise RuntimeError("out of luck")
+            return plain(*args, **kwargs)
+
+        model.hidden = hidden
+        try:
+            answer = httpx.post(running.url + "/v1/completions", json=ASK)
+            assert answer.status_code == 500 and "out of luck" in answer.json()["error"]["message"]
+            assert httpx.post(running.url + "/v1/completions", json=ASK).status_code == 200
+        finally:
+            del model.hidden
+
+
+def test_what_runs_is_finished_before_the_end() -> None:
+    with live([served()]) as running:
+        answers: list[httpx.Response] = []
+        ask = threading.Thread(
+            target=lambda: answers.append(
+                httpx.post(running.url + "/v1/completions", json={**ASK, "max_tokens": 200}, timeout=60)
+            )
+        )
+        ask.start()
+        until(lambda: running.engine.stats().running == 1)
+        running.server.should_exit = True
+        ask.join()
+        assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 200
+
+
+@pytest.mark.parametrize("name", ["body", "queue", "timeout"])
+def test_limits_that_mean_nothing(name: str) -> None:
+    with pytest.raises(ValueError, match=f"the limit '{name}' is 0"):
+        Limits(**{name: 0})  # type: ignore[arg-type]
