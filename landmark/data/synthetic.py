@@ -1,16 +1,27 @@
-"""Made-up tasks that ask for one ability: recall, copying, selection. Endless, seeded, resumed exactly."""
+"""Made-up tasks that ask for one ability: recall, copying, selection, rewriting. Endless, seeded, resumed exactly."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..config import Config
+from ..config import Config, at_least
 from .batches import IGNORE, Batch
+from .pairs import Seq2SeqBatch
+
+B = TypeVar("B")
+B_co = TypeVar("B_co", covariant=True)
+
+
+class Drawn(Protocol[B_co]):
+    """Anything with endlessly many batches."""
+
+    def batch(self, rows: int, seed: int) -> B_co:
+        """The batch that a seed stands for."""
 
 
 class Task(Config, ABC, abstract=True):
@@ -32,20 +43,20 @@ class Task(Config, ABC, abstract=True):
         return Batch(tokens, targets, positions, torch.ones_like(tokens))
 
 
-class Synthetic:
+class Synthetic(Generic[B]):
     """An endless iterator of batches of a task; batch i depends on the seed and i alone."""
 
-    def __init__(self, task: Task, rows: int, seed: int = 0) -> None:
+    def __init__(self, task: Drawn[B], rows: int, seed: int = 0) -> None:
         self.task, self.rows, self.seed, self.made = task, rows, seed, 0
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[B]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> B:
         self.made += 1
         return self.task.batch(self.rows, (self.seed + 1) * 1_000_003 + self.made)
 
-    def held_out(self, rows: int) -> Batch:
+    def held_out(self, rows: int) -> B:
         """Rows that training does not see."""
         return self.task.batch(rows, -1 - self.seed)
 
@@ -143,3 +154,56 @@ class MQAR(Task):
         tokens.scatter_(1, places, keys)
         targets.scatter_(1, places, values)
         return tokens, targets
+
+
+class Rewriting(Config):
+    """Sequence to sequence, a translation in small: sentences of `shortest` to `longest` symbols, said from their end
+    to their beginning, the first `doubled` symbols of the vocabulary twice - so that where a target token comes from
+    depends on all that follows it in the source.
+
+    Of the vocabulary, 0 begins a target and pads, 1 ends it. `astray`: each source is that of another pair.
+    """
+
+    symbols: int = 16
+    doubled: int = at_least(0, default=8)
+    shortest: int = 6
+    longest: int = 12
+    astray: bool = False
+
+    START, END = 0, 1
+
+    def check(self) -> None:
+        super().check()
+        if self.shortest > self.longest:
+            raise ValueError(f"Rewriting.shortest is {self.shortest}, more than longest {self.longest}")
+        if self.doubled > self.symbols:
+            raise ValueError(f"Rewriting.doubled is {self.doubled}, but there are only {self.symbols} symbols")
+
+    @property
+    def vocab(self) -> int:
+        return self.symbols + 2
+
+    def pairs(self, rows: int, seed: int) -> list[tuple[list[int], list[int]]]:
+        """Sources and targets, without start and end."""
+        generator = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(self.shortest, self.longest + 1, (rows,), generator=generator).tolist()
+        symbols = torch.randint(2, self.vocab, (rows, self.longest), generator=generator).tolist()
+        sources = [row[:length] for row, length in zip(symbols, lengths, strict=True)]
+        targets = [[x for x in reversed(source) for _ in range(1 + (x < 2 + self.doubled))] for source in sources]
+        return list(zip(sources[1:] + sources[:1] if self.astray else sources, targets, strict=True))
+
+    def batch(self, rows: int, seed: int) -> Seq2SeqBatch:
+        """The pairs that a seed stands for, padded."""
+        sources, targets = zip(*self.pairs(rows, seed), strict=True)
+        source, source_segments = _padded(sources, self.START)
+        target_in, target_segments = _padded([[self.START, *target] for target in targets], self.START)
+        target_out, _ = _padded([[*target, self.END] for target in targets], IGNORE)
+        return Seq2SeqBatch(source, target_in, target_out, source_segments, target_segments)
+
+
+def _padded(rows: Sequence[list[int]], fill: int) -> tuple[Tensor, Tensor]:
+    """[rows, longest] tokens, and where they are."""
+    width = max(map(len, rows))
+    tokens = torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
+    segments = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return tokens, segments

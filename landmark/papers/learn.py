@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..data.batches import IGNORE, Batch
 from ..models.base import Model
@@ -16,7 +17,7 @@ from ..models.decoder import Decoder
 from ..objectives.base import Objective
 from ..objectives.lm import CausalLM
 from ..train.config import Checkpoints, Evaluation, Settings
-from ..train.loop import Batches, fit
+from ..train.loop import Batches, Callback, Run, fit
 from ..train.optim import AdamW, OptimizerConfig
 from ..train.schedule import Cosine, Schedule
 
@@ -33,12 +34,40 @@ def only(steps: int) -> Iterator[None]:
         MOST.reset(before)
 
 
+class Average(Callback):
+    """The mean of the weights after each update from number `first` on, which `put` makes the model's."""
+
+    def __init__(self, first: int) -> None:
+        self.first, self.seen = first, 0
+        self.mean: list[Tensor] = []
+
+    @torch.no_grad()
+    def update(self, run: Run, record: dict[str, Any]) -> None:
+        if run.step < self.first:
+            return
+        self.seen += 1
+        now = [p.detach() for p in run.model.parameters()]
+        if not self.mean:
+            self.mean = [p.clone() for p in now]
+        torch._foreach_lerp_(self.mean, now, 1 / self.seen)
+
+    @torch.no_grad()
+    def put(self, model: Model) -> None:
+        for p, mean in zip(model.parameters(), self.mean, strict=True):
+            p.copy_(mean)
+
+
 def learn(
     model: Model, batches: Batches, *, steps: int, lr: float = 1e-3, seed: int = 0, objective: Objective = CausalLM(),
-    optimizer: OptimizerConfig | None = None, schedule: Schedule | None = None, **settings: Any,
+    optimizer: OptimizerConfig | None = None, schedule: Schedule | None = None, average: float = 0.0, **settings: Any,
 ) -> Model:  # fmt: skip
-    """Train `model` in place, `steps` updates; default: AdamW at `lr`, cosine after a tenth of warm-up, next tokens."""
-    steps = min(steps, MOST.get() or steps)
+    """Train `model` in place, `steps` updates; default: AdamW at `lr`, cosine after a tenth of warm-up, next tokens.
+
+    With `average`, its weights are in the end their mean over this last share of the updates.
+    """
+    most = MOST.get()
+    if most is not None and most < steps:
+        steps, schedule = most, None
     chosen = Settings(
         steps=steps,
         optimizer=optimizer or AdamW.Config(lr=lr),
@@ -49,8 +78,11 @@ def learn(
         peak_flops=1.0,  # nobody asks for the utilisation
         **settings,
     )
+    mean = Average(steps - int(average * steps))
     with tempfile.TemporaryDirectory() as out:
-        fit(model, objective, batches, chosen, out=out)
+        fit(model, objective, batches, chosen, out=out, callbacks=[mean] if average else [])
+    if average:
+        mean.put(model)
     return model
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from landmark.data.batches import IGNORE
-from landmark.data.synthetic import MQAR, InductionHeads, SelectiveCopying, Synthetic, Task
+from landmark.data.synthetic import MQAR, InductionHeads, Rewriting, SelectiveCopying, Synthetic, Task
 
 
 def test_selective_copying() -> None:
@@ -49,3 +49,21 @@ def test_batches_resume_and_are_within_the_vocabulary(task: Task) -> None:
 def test_a_length_too_short() -> None:
     with pytest.raises(ValueError, match=r"MQAR\.length is 8, too short for 4 pairs"):
         MQAR(pairs=4, length=8)
+
+
+def test_rewriting() -> None:
+    task = Rewriting(symbols=6, doubled=2, shortest=2, longest=5)
+    batch = task.batch(32, seed=4)
+    for row, (source, target) in enumerate(task.pairs(32, seed=4)):
+        said = [x for x in source[::-1] for _ in range(2 if x in (2, 3) else 1)]
+        assert target == said
+        assert batch.source[row][batch.source_segments[row] == 1].tolist() == source
+        inside = batch.target_segments[row] == 1
+        assert batch.target_in[row][inside].tolist() == [task.START, *said]
+        assert batch.target_out[row][inside].tolist() == [*said, task.END]
+        assert (batch.target_out[row][~inside] == IGNORE).all()
+    astray = Rewriting(**{**vars(task), "astray": True}).pairs(32, seed=4)
+    assert [t for _, t in astray] == [t for _, t in task.pairs(32, seed=4)]
+    assert sorted(s for s, _ in astray) == sorted(s for s, _ in task.pairs(32, seed=4))
+    with pytest.raises(ValueError, match="more than longest 5"):
+        Rewriting(shortest=6, longest=5)
