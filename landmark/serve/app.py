@@ -244,6 +244,7 @@ def create_app(models: Sequence[Served | ServedEncoder], limits: Limits = Limits
         engines = [served.engine for served in models if isinstance(served, Served)]
         for engine in engines:
             engine.start()
+        server.draining = False
         yield
         server.draining = True
         for engine in engines:
