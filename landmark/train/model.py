@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..config import ModelConfig, from_dict
 from ..models.base import Model, Origin
 from ..models.inspect import longest_text
+from ..models.pattern import is_pattern
 from ..nn.embedding import Embedding
 from ..transforms.bitnet import bitnet
-from ..weights.checkpoint import NATIVE, build, describe, load
+from ..weights.checkpoint import NATIVE, build, describe, load, own_config
 from ..weights.tokenizer import Tokenizer
 from .prepare import Prepared, is_fresh
 from .recipe import TrainConfig
@@ -40,15 +41,16 @@ def fitting_model(config: TrainConfig, prepared: Prepared) -> Model:
 def make_model(spec: str | Mapping[str, Any], tokenizer: Tokenizer) -> Model:
     """A new model, or one to go on from; see `TrainConfig`. A config.json as a table gets the tokenizer's vocabulary
     and special tokens where it does not name them."""
+    if isinstance(spec, str) and is_pattern(spec) and not Path(spec).exists():
+        spec = {"type": "Pattern", "pattern": spec}
     if isinstance(spec, str):
         return build(describe(spec)[1]) if is_fresh(spec) else load(spec)
     if "type" not in spec:
         ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in ("bos", "eos", "pad")}
         known = {name: value for name, value in ids.items() if value is not None}
         return build({"vocab_size": tokenizer.vocab_size, **known, **spec})
-    config = from_dict(spec)
-    if not isinstance(config, ModelConfig):
-        raise ValueError(f"[model] describes a {spec['type']}, which is a part; give a whole model")
-    model: nn.Module = config.build()
+    if spec["type"] == "Pattern":
+        spec = {"vocab_size": tokenizer.vocab_size, **spec}
+    model: nn.Module = own_config(spec).build()
     assert isinstance(model, Model)
     return model

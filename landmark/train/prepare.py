@@ -15,6 +15,7 @@ from ..config import to_dict
 from ..data.corpora import Corpus, Document, open_corpus
 from ..data.order import Source
 from ..data.shards import Shards, write_shards
+from ..models.pattern import is_pattern
 from ..weights.checkpoint import locate
 from ..weights.files import read_json, write_json
 from ..weights.tokenizer import Tokenizer
@@ -155,9 +156,9 @@ PARTS: tuple[Literal["train"], Literal["held-out"]] = ("train", "held-out")
 
 
 def is_fresh(spec: str) -> bool:
-    """Whether a model's name stands for an architecture without weights: a config.json, or a published size."""
+    """Whether a model's name stands for an architecture without weights: a config.json, a pattern, a published size."""
     path = Path(spec)
-    return path.is_file() or (not path.is_dir() and "/" not in spec)
+    return path.is_file() or is_pattern(spec) or (not path.is_dir() and "/" not in spec)
 
 
 def _open(config: CorpusConfig) -> Corpus | Shards:

@@ -62,8 +62,9 @@ class TrainConfig(Settings):
     """A whole run.
 
     `model` is a directory or hub id to go on from, a published size or config.json to begin anew, the contents of a
-    config.json as a table, or a tree of our own configs (a table with a `type`); without any it is a small one that the
-    objective can train. `linear` makes the linear maps of its layers ternary. `out` becomes a model directory.
+    config.json as a table, a tree of our own configs (a table with a `type`, such as `Pattern`), or a pattern of layers
+    as a text; without any it is a small one that the objective can train. `linear` makes the linear maps of its layers
+    ternary. `out` becomes a model directory.
     """
 
     out: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import shutil
+import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from .. import nn
 from ..config import ModelConfig, from_dict, nearest, to_dict
 from ..models.base import Model, Origin
+from ..models.pattern import Pattern, is_pattern
 from ..models.registry import Family, Keys, family_of, published
 from ..nn.float32 import float32_buffers
 from .files import read_json, read_tensors, write_json, write_tensors
@@ -114,19 +116,29 @@ def build(hf: Mapping[str, Any]) -> Model:
 def read_config(hf: Mapping[str, Any]) -> tuple[ModelConfig, Family | None]:
     """Our config from a config.json, and its family; None for our own layout."""
     if (hf.get("architectures") or [None])[0] == NATIVE:
-        for module in pkgutil.iter_modules(nn.__path__):  # so that every part is known by its name
-            importlib.import_module(f"{nn.__name__}.{module.name}")
-        config = from_dict(hf["config"])
-        if not isinstance(config, ModelConfig):
-            raise ValueError('config.json: "config" does not describe a whole model')
-        return config, None
+        return own_config(hf["config"]), None
     family = family_of(hf)
     return family.read(hf), family
 
 
+def own_config(tree: Mapping[str, Any]) -> ModelConfig:
+    """The model that a tree of our own configs describes; a `Pattern` becomes the decoder that it stands for."""
+    for module in pkgutil.iter_modules(nn.__path__):  # so that every part is known by its name
+        importlib.import_module(f"{nn.__name__}.{module.name}")
+    config = from_dict(tree)
+    if not isinstance(config, ModelConfig):
+        raise ValueError(f"{tree.get('type', 'this')} does not describe a whole model")
+    return config.config() if isinstance(config, Pattern) else config
+
+
 def describe(spec: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The config of a directory, a config.json, a published size or a hub id, and its config.json; reads no weights."""
+    """The config of a directory, a config.json, a published size, a hub id, a pattern of layers or the TOML file of a
+    run with a [model], and its config.json; reads no weights."""
     path = Path(spec)
+    if is_pattern(str(spec)) and not path.exists():
+        return native({"type": "Pattern", "pattern": str(spec)})
+    if path.suffix == ".toml" and path.is_file():
+        return of_run(path)
     if path.is_file() or (path / "config.json").is_file():
         hf = read_json(path if path.is_file() else path / "config.json")
         return read_config(hf)[0], hf
@@ -135,6 +147,30 @@ def describe(spec: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
         return family.read(hf), hf
     hf = read_json(locate(spec, patterns=("config.json",)) / "config.json")
     return read_config(hf)[0], hf
+
+
+def native(tree: Mapping[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
+    """A tree of our own configs, and the config.json of such a model."""
+    config = own_config(tree)
+    return config, {"architectures": [NATIVE], "model_type": "landmark", "config": to_dict(config)}
+
+
+def of_run(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model of a run, as its TOML file says it, with the vocabulary that [tokenizer] says."""
+    try:
+        run = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    model = run.get("model")
+    if isinstance(model, str):
+        return describe(model)
+    if not isinstance(model, Mapping):
+        raise ValueError(f"{path} has no [model]")
+    size = run.get("tokenizer", {}).get("vocab_size")
+    sized = {"vocab_size": size, **model} if size else dict(model)
+    if "type" not in model:
+        return read_config(sized)[0], sized
+    return native(sized if model["type"] == "Pattern" else model)
 
 
 def locate(where: str | Path, patterns: Iterable[str] = DOWNLOADED) -> Path:
