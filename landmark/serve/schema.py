@@ -10,7 +10,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
-TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
+LARGEST = 2**31 - 1
+TokenId = Annotated[StrictInt, Field(ge=0, le=LARGEST)]
+Count = Annotated[StrictInt, Field(ge=1, le=LARGEST)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
 
 class Body(BaseModel):
@@ -46,7 +49,7 @@ class Generation(Body):
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     n: Annotated[StrictInt, Field(ge=1, le=128)] | None = None
     stop: StrictStr | list[StrictStr] | None = None
-    seed: StrictInt | None = None
+    seed: Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
@@ -54,10 +57,10 @@ class Generation(Body):
     stream_options: StreamOptions | None = None
     user: StrictStr | None = None
 
-    top_k: Annotated[StrictInt, Field(ge=-1)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=-1, le=LARGEST)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None
-    stop_token_ids: list[Annotated[StrictInt, Field(ge=0)]] | None = None
+    stop_token_ids: list[TokenId] | None = None
     ignore_eos: StrictBool = False
     best_of: Annotated[StrictInt, Field(ge=1, le=128)] | None = None
     priority: Annotated[StrictInt, Field(ge=-100, le=100)] = 0
@@ -80,7 +83,7 @@ class CompletionRequest(Generation):
         | Annotated[list[StrictStr], Field(min_length=1)]
         | Annotated[list[TokenIds], Field(min_length=1)]
     )
-    max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=0, le=LARGEST)] | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=100)] | None = None
     echo: StrictBool | None = None
     suffix: None = None
@@ -141,8 +144,8 @@ class NamedTool(Body):
 
 class ChatRequest(Generation):
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=100)] | None = None
     tools: list[Tool] | None = None
@@ -163,7 +166,7 @@ class EmbeddingRequest(Body):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=2048)]
     )
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: Annotated[StrictInt, Field(ge=1)] | None = None
+    dimensions: Count | None = None
     user: StrictStr | None = None
 
 
@@ -178,4 +181,4 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     model: StrictStr | None = None
-    tokens: list[Annotated[StrictInt, Field(ge=0)]]
+    tokens: list[TokenId]
