@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,15 +36,18 @@ def room(
     }
 
 
-def known(state: SlotState, start: Memory, past: tuple[int, ...], parts: tuple[str, ...] = PARTS) -> Memory:
-    """What each slot's memory holds: `start` [slots, heads, in, out] where it has seen nothing yet."""
+def known(
+    state: SlotState, begin: Callable[[], Memory], past: tuple[int, ...], parts: tuple[str, ...] = PARTS
+) -> Memory:  # fmt: skip
+    """What each slot's memory holds: what `begin` gives for all slots, where one has seen nothing yet."""
     if not any(past):
-        return start
-    count = len(start.base)
+        return begin()
+    count = sum(name.startswith("base") for name in state.tensors)
     held = {part: tuple(state.tensors[f"{part}{n}"] for n in range(count)) for part in parts}
     memory = Memory(held["base"], held.get("now", held["base"]), held["momentum"])
     if all(past):
         return memory
+    start = begin().to(memory.base[0].dtype)
     new = torch.tensor([n == 0 for n in past], device=start.base[0].device)[:, None, None, None]
     return Memory(*(
         tuple(torch.where(new, a, b) for a, b in zip(first, here, strict=True))

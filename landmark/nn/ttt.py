@@ -100,7 +100,7 @@ class TTT(nn.Module, ABC):
         start = self.start()
         initial, past = None, ctx.past or ()
         if state is not None:
-            initial = known(state, Memory.start(start, len(past)), past, STATE)
+            initial = known(state, lambda: Memory.start(start, len(past)), past, STATE)
         first = torch.arange(1, c.batch + 1, device=x.device, dtype=self.scale.dtype)
         y, final = ttt(
             q, k, v, start, self.rate(x).sigmoid() * (c.rate / self.head_dim), (1 / first + self.scale).clamp_min(0),

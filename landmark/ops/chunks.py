@@ -84,6 +84,12 @@ class Chunks:
         return (inside >= first) & (inside < ends)
 
     @cached_property
+    def filled(self) -> tuple[Tensor, Tensor]:
+        """Of every token in a chunk: its place among the chunks * size, and its number among the rows * width."""
+        places = self.mask.flatten().nonzero().flatten()
+        return places, self.index.flatten()[places]
+
+    @cached_property
     def last(self) -> Tensor:
         """[chunks]: the place of each chunk's last token; `size` - 1 in a chunk that is complete."""
         return torch.tensor(self._filled, dtype=torch.long) - 1
@@ -108,7 +114,6 @@ class Chunks:
         rows, width = self.bounds.rows, self.bounds.width
         if self.even:
             return y.unflatten(0, (-1, rows)).transpose(0, 1).flatten(1, 2)
-        mask = self.mask.to(y.device)
         out = y.new_zeros(rows * width, *y.shape[2:])
-        out = out.index_copy(0, self.index.to(y.device)[mask], y[mask])
-        return out.unflatten(0, (rows, width))
+        places, tokens = (x.to(y.device) for x in self.filled)
+        return out.index_copy(0, tokens, y.flatten(0, 1)[places]).unflatten(0, (rows, width))

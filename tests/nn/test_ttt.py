@@ -10,7 +10,7 @@ import torch
 from landmark.config import ModuleConfig, from_dict, to_dict
 from landmark.ctx import Bounds, Ctx
 from landmark.nn.rope import Rope
-from landmark.nn.ttt import TTTLinear, TTTMLP
+from landmark.nn.ttt import TTTMLP, TTTLinear
 from tests.nn.mixers import check_learns, check_sequences, check_state_is_constant
 
 MIXERS = {
