@@ -6,7 +6,8 @@
 A layer is `mixer` or `mixer/ffn`; `n*` repeats what follows, `+` strings layers together, and brackets group;
 `(...)/ffn` gives a feed-forward to every layer of a group that names none. A mixer without one has what usually follows
 it, and `mixer/none` has none. Names are those of `MIXERS` and `FFNS`, with sizes that follow from `dim`, or of `parts`:
-tables that change fields of a part, that make another one `like` it, or that are a config with a `type`.
+tables that change fields of a part (and of configs in it), that make another one `like` it, or that are a config with a
+`type`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from ..config import Config, ModelConfig, ModuleConfig, fields, from_dict, nearest
+from ..nn.attention import Attention
 from ..nn.embedding import Embedding, Head
 from ..nn.linear import LinearConfig
 from ..nn.norm import NormConfig, RMSNorm
@@ -88,11 +90,32 @@ def _moe(s: Sizes) -> dict[str, Any]:
     return {"experts": 8, "active": 2, "hidden": s.hidden(4 / 3), "router": SoftmaxTopK.Config(balance=0.01)}
 
 
+def _memory(s: Sizes) -> ModuleConfig:
+    from ..nn.neural_memory import NeuralMemory
+
+    return NeuralMemory.Config(heads=s.heads)
+
+
+def _beside_memory(s: Sizes) -> dict[str, Any]:
+    from ..nn.persistent import PersistentAttention
+
+    return {"attention": PersistentAttention.Config(**_attention(s, window=512, tokens=16)), "memory": _memory(s)}
+
+
+def _segments(s: Sizes) -> dict[str, Any]:
+    return {"attention": Attention.Config(**_attention(s)), "memory": _memory(s), "segment": 128}
+
+
 MIXERS: Mapping[str, Part] = {
     "attention": Part("attention", "Attention", _attention),
     "window": Part("attention", "Attention", lambda s: _attention(s, window=512)),
     "ttt": Part("ttt", "TTTLinear", lambda s: {"heads": s.heads}),
     "ttt-mlp": Part("ttt", "TTTMLP", lambda s: {"heads": s.heads}),
+    "memory": Part("neural_memory", "NeuralMemory", lambda s: {"heads": s.heads}),
+    "titans": Part("titans", "MemoryAsContext", _segments),  # the variant of the paper's that recalls most
+    "titans-mac": Part("titans", "MemoryAsContext", _segments),
+    "titans-mag": Part("titans", "MemoryAsGate", _beside_memory),
+    "titans-mal": Part("titans", "MemoryAsLayer", _beside_memory),
 }
 FFNS: Mapping[str, Part] = {
     "glu": Part("feedforward", "GLU", lambda s: {"hidden": s.hidden(8 / 3)}),
@@ -259,11 +282,7 @@ def _config(name: str, kinds: Mapping[str, Part], parts: Parts, dim: int, what: 
         if part is None:
             config = own["config"] if "config" in own else from_dict(own)
         else:
-            known = {f.name for f in fields(part.config)}
-            for key in own.keys() - known:
-                raise ValueError(f"{part.config.type_name} has no field {key!r}{nearest(key, known)}")
-            changed = {key: from_dict(value) for key, value in own.items()}
-            config = part.config(**{**part.fields(Sizes(dim)), **changed})
+            config = _changed(part.config, part.fields(Sizes(dim)), own)
         if not isinstance(config, ModuleConfig):
             raise ValueError(f"{config!r} is no config of a component")
         with torch.device("meta"), Unfilled():
@@ -271,6 +290,21 @@ def _config(name: str, kinds: Mapping[str, Part], parts: Parts, dim: int, what: 
     except ValueError as error:
         raise ValueError(f"the part {name!r} of the pattern: {error}") from error
     return config
+
+
+def _changed(cls: type[Config], usual: Mapping[str, Any], own: Mapping[str, Any]) -> Config:
+    """A config of usual fields with some of one's own; a table without a type changes the usual one's fields."""
+    values, known = dict(usual), {f.name: f for f in fields(cls)}
+    for key, value in own.items():
+        if key not in known:
+            raise ValueError(f"{cls.type_name} has no field {key!r}{nearest(key, known)}")
+        before = values.get(key, known[key].default)
+        if isinstance(before, Config) and isinstance(value, Mapping) and "type" not in value:
+            fresh = {f.name: getattr(before, f.name) for f in fields(before)}
+            values[key] = _changed(type(before), fresh, value)
+        else:
+            values[key] = from_dict(value)
+    return cls(**values)
 
 
 def _usual_ffn(mixer: str, parts: Parts) -> str:

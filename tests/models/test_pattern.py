@@ -24,12 +24,21 @@ from landmark.weights.checkpoint import describe
 from .families import check_decoding, check_packing
 
 TOKENS = torch.arange(2 * 23).view(2, 23) * 7 % 61
-SMALL: dict[str, Any] = {"peer": {"experts": 64, "heads": 2, "active": 4, "key_dim": 16}, "window": {"window": 7}}
+SMALL: dict[str, Any] = {
+    "peer": {"experts": 64, "heads": 2, "active": 4, "key_dim": 16},
+    "window": {"window": 7},
+    "memory": {"chunk": 4},
+    "titans": {"segment": 8, "memory": {"chunk": 4}, "persistent": 3},
+    "titans-mac": {"segment": 8, "memory": {"chunk": 4, "depth": 1}, "attention": {"kv_heads": 4}},
+    "titans-mag": {"attention": {"window": 5}, "memory": {"chunk": 4}},
+    "titans-mal": {"attention": {"window": 5, "tokens": 2}, "memory": {"chunk": 4}},
+}
 PATTERNS = [
     *MIXERS,
     *(f"attention/{ffn}" for ffn in FFNS if ffn not in ("glu",)),
     "2*(2*window + attention)/moe",
     "ttt/peer + window/none + attention",
+    "3*window + titans",
 ]
 
 
