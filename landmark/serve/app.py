@@ -337,9 +337,11 @@ def _handle_errors(app: FastAPI, server: Server) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        message = (
-            f"there is no {request.method} {request.url.path}" if error.status_code in (404, 405) else error.detail
-        )
+        message = error.detail
+        if error.status_code in (404, 405):
+            message = f"there is no {request.method} {request.url.path}"
+        elif error.status_code == 400:
+            message = "the body is not JSON in UTF-8"
         return answer(request, ApiError(error.status_code, message, headers=dict(error.headers or {})))
 
     @app.exception_handler(Exception)
