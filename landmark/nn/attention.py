@@ -11,7 +11,7 @@ from ..config import Config as PlainConfig
 from ..config import ModuleConfig
 from ..ctx import Ctx
 from ..ops.attention import attention
-from .cache import CrossCache, KVCache, WindowCache
+from .cache import CrossCache, KVCache, SlidingCache
 from .chunked import ChunkCache, cut
 from .linear import Linear
 from .norm import NormConfig
@@ -84,7 +84,7 @@ class LogTemperature(PlainConfig):
         return 1 + self.scale * torch.log1p(steps)
 
 
-Cache = KVCache | WindowCache | ChunkCache
+Cache = KVCache | SlidingCache | ChunkCache
 
 
 class Attention(nn.Module):
@@ -143,7 +143,7 @@ class Attention(nn.Module):
         if c.chunk is not None and c.chunk < capacity:
             return ChunkCache(slots, c.chunk, c.kv_heads, c.head_dim, dtype, device)
         if c.window is not None and c.window < capacity:
-            return WindowCache(slots, c.window, c.kv_heads, c.head_dim, c.head_dim, dtype, device)
+            return SlidingCache(slots, c.window, c.kv_heads, c.head_dim, c.head_dim, dtype, device)
         return KVCache(slots, capacity, c.kv_heads, c.head_dim, c.head_dim, dtype, device)
 
     def mixing_flops(self, context: int) -> int:

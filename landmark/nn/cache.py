@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ctx import Bounds, Ctx
-from .paged import Blocks, PagedKV
+from .paged import Blocks, PagedKV, Sees
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Place:
 class KVCache:
     """Keys and values of every token, up to `capacity`; memory is taken as sequences grow."""
 
-    window: int | None = None
+    sees = Sees()
 
     def __init__(
         self, slots: int, capacity: int, heads: int, k_dim: int, v_dim: int, dtype: torch.dtype, device: torch.device
@@ -94,15 +94,43 @@ class KVCache:
         pass
 
 
-class WindowCache:
+class SlotState:
+    """Tensors of a fixed size for every sequence, such as the state of a recurrence: [slots, ...] each, by name.
+
+    A mixer reads `state.tensors[name]` and puts what follows there; nothing else holds on to them.
+    """
+
+    def __init__(self, **tensors: Tensor) -> None:
+        self.tensors: dict[str, Tensor] = tensors
+
+    def select(self, slots: Tensor) -> None:
+        self.tensors = {name: tensor[slots] for name, tensor in self.tensors.items()}
+
+    def snapshot(self) -> Any:
+        return {name: tensor.clone() for name, tensor in self.tensors.items()}
+
+    def restore(self, snapshot: Any) -> None:
+        self.tensors = {name: tensor.clone() for name, tensor in snapshot.items()}
+
+
+class WindowCache(SlotState):
     """Keys and values of the last `window` tokens in a ring: the rolling buffer of Mistral 7B (Jiang et al. 2023)."""
 
     def __init__(
         self, slots: int, window: int, heads: int, k_dim: int, v_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
+        shapes = {"k": (slots, heads, window, k_dim), "v": (slots, heads, window, v_dim)}
+        super().__init__(**{name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()})
         self.window = window
-        self.k = torch.zeros(slots, heads, window, k_dim, dtype=dtype, device=device)
-        self.v = torch.zeros(slots, heads, window, v_dim, dtype=dtype, device=device)
+
+    @property
+    def k(self) -> Tensor:
+        """[slots, heads, window, d]: the token at position p is at p % window."""
+        return self.tensors["k"]
+
+    @property
+    def v(self) -> Tensor:
+        return self.tensors["v"]
 
     def extend(self, k: Tensor, v: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor, Bounds]:
         past, bounds, window = _past(ctx), ctx.bounds, self.window
@@ -132,37 +160,17 @@ class WindowCache:
         held = torch.cat(ks, 1).transpose(0, 1)[None], torch.cat(vs, 1).transpose(0, 1)[None]
         return *held, Bounds.of_lengths(lengths)
 
+
+class SlidingCache(WindowCache):
+    """A window that is read through `extend` alone, so that an engine may keep it in blocks instead."""
+
     def paged(self, blocks: Blocks) -> PagedKV:
         """The same of all sequences of an engine, in blocks, which are given back as they fall out of the window."""
         return PagedKV(self.k, self.v, blocks)
 
-    def select(self, slots: Tensor) -> None:
-        self.k, self.v = self.k[slots], self.v[slots]
-
-    def snapshot(self) -> Any:
-        return self.k.clone(), self.v.clone()
-
-    def restore(self, snapshot: Any) -> None:
-        self.k, self.v = (x.clone() for x in snapshot)
-
-
-class SlotState:
-    """Tensors of a fixed size for every sequence, such as the state of a recurrence: [slots, ...] each, by name.
-
-    A mixer reads `state.tensors[name]` and puts what follows there; nothing else holds on to them.
-    """
-
-    def __init__(self, **tensors: Tensor) -> None:
-        self.tensors: dict[str, Tensor] = tensors
-
-    def select(self, slots: Tensor) -> None:
-        self.tensors = {name: tensor[slots] for name, tensor in self.tensors.items()}
-
-    def snapshot(self) -> Any:
-        return {name: tensor.clone() for name, tensor in self.tensors.items()}
-
-    def restore(self, snapshot: Any) -> None:
-        self.tensors = {name: tensor.clone() for name, tensor in snapshot.items()}
+    @property
+    def sees(self) -> Sees:
+        return Sees(window=self.window)
 
 
 class CrossCache:

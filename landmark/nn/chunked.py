@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..ctx import Bounds, Ctx
+from ..ops.attention.pages import Pages
 from .cache import SlotState
+from .paged import Blocks, PagedKV, Sees
 
 
 def cut(ctx: Ctx, size: int) -> Bounds:
@@ -46,6 +48,14 @@ class ChunkCache(SlotState):
         super().__init__(**{name: torch.zeros(shape, dtype=dtype, device=device) for name in ("k", "v")})
         self.size = size
 
+    @property
+    def sees(self) -> Sees:
+        return Sees(chunk=self.size)
+
+    def paged(self, blocks: Blocks) -> PagedChunks:
+        """The same of all sequences of an engine, in blocks, which are given back at the end of a chunk."""
+        return PagedChunks(self, blocks)
+
     def extend(self, k: Tensor, v: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor, Bounds]:
         assert ctx.past is not None, "a state was given without its lengths"
         size, bounds, held = self.size, ctx.bounds, [past % self.size for past in ctx.past]
@@ -73,3 +83,38 @@ class ChunkCache(SlotState):
             return k, v, cut(ctx, size)
         keys, values = (torch.cat(parts, 1).transpose(0, 1)[None] for parts in found)
         return keys, values, Bounds.of_lengths(tuple(lengths))
+
+
+class PagedChunks(PagedKV):
+    """Keys and values of each sequence's chunk in blocks, which divide chunks; `extend` as in `ChunkCache`."""
+
+    def __init__(self, cache: ChunkCache, blocks: Blocks) -> None:
+        if cache.size % blocks.size:
+            raise ValueError(f"blocks of {blocks.size} tokens do not divide chunks of {cache.size}; choose a divisor")
+        super().__init__(cache.tensors["k"], cache.tensors["v"], blocks)
+        self.size = cache.size
+
+    def extend(self, k: Tensor, v: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor, Bounds]:
+        k, v, bounds = super().extend(k, v, ctx)
+        if not isinstance(bounds, Pages):
+            return k, v, cut(ctx, self.size)
+        pages = bounds
+        return k, v, ctx.memo(("paged chunks", self.size), lambda: self._cut(pages, ctx))
+
+    def _cut(self, pages: Pages, ctx: Ctx) -> Pages:
+        """Each chunk that the call's tokens are in, by itself."""
+        assert ctx.past is not None
+        tables: list[Tensor] = []
+        lengths: list[int] = []
+        for i, (before, (_, new), (_, held)) in enumerate(
+            zip(ctx.past, ctx.bounds.sequences, pages.sequences, strict=True)
+        ):
+            at = before // self.size * self.size - (before + new - held)  # of the first chunk in the table
+            for piece in pieces(0, before % self.size + new, self.size):
+                tables.append(pages.tables[i, at // pages.size :][: self.size // pages.size])
+                lengths.append(piece)
+                at += piece
+        table = torch.zeros(len(tables), max(map(len, tables)), dtype=torch.long)
+        for row, part in zip(table, tables, strict=True):
+            row[: len(part)] = part
+        return Pages.of(table, lengths, pages.size, pages.key)

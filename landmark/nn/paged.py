@@ -1,11 +1,13 @@
 """Per-token decoding state of many sequences in blocks of one pool, which the engine hands out (Kwon et al. 2023).
 
-A cache that can live so says `paged(blocks)`, and after how many tokens it forgets (`window`, None: never). `Blocks` is
-shared by all layers that forget alike: the engine writes into it, before each call, where the call's tokens go.
+A cache that can live so says what a token `sees` of its sequence, and makes its paged form of given blocks (`paged`).
+`Blocks` is shared by all layers that see alike: the engine writes into it, before each call, where its tokens go.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -14,6 +16,37 @@ from torch import Tensor
 
 from ..ctx import Bounds, Ctx
 from ..ops.attention.pages import Pages, put
+
+
+@dataclass(frozen=True)
+class Sees:
+    """What a token sees of its sequence: all before it, those at a distance below `window`, or those of its `chunk`,
+    where chunks begin at the multiples of that size."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+    @property
+    def everything(self) -> bool:
+        return self.window is None and self.chunk is None
+
+    @property
+    def most(self) -> int | None:
+        """How many tokens it sees at most; None: no end."""
+        return self.window or self.chunk
+
+    def first(self, position: int) -> int:
+        """The first token that the token at `position`, and all after it, may see."""
+        if self.window is not None:
+            return max(0, position - self.window + 1)
+        return position // self.chunk * self.chunk if self.chunk is not None else 0
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on the processor, memory is taken as they are written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 class Blocks:
@@ -27,19 +60,17 @@ class Blocks:
         self.offset: Tensor
 
     def pool(self, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
-        """[count, heads, size, dim], zero; on the processor, memory is taken as blocks are written."""
-        shape = (self.count, heads, self.size, dim)
-        if self.device.type != "cpu":
-            return torch.zeros(shape, dtype=dtype, device=self.device)
-        bytes_ = np.zeros(self.count * heads * self.size * dim * dtype.itemsize, np.uint8)
-        return torch.from_numpy(bytes_).view(dtype).view(shape)
+        """[count, heads, size, dim], zero."""
+        return lazy_zeros((self.count, heads, self.size, dim), dtype, self.device)
 
 
 @runtime_checkable
 class Pageable(Protocol):
     """Decoding state that can be kept in blocks."""
 
-    window: int | None
+    @property
+    def sees(self) -> Sees:
+        """What its layer's tokens see."""
 
     def paged(self, blocks: Blocks) -> Any:
         """The state of all sequences of an engine; its `tensors()` are the pools."""

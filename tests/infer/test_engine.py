@@ -17,7 +17,7 @@ from landmark.models.decoder import Decoder
 
 from ..models.families import perturb
 from .mixers import Decay
-from .models import LLAMA, TINY, build, speaker, tokenizer
+from .models import LLAMA, TINY, build, every_family, speaker, tokenizer
 
 CONTEXT = 256
 MODELS: dict[str, dict[str, Any]] = {
@@ -59,7 +59,7 @@ def recurrent(name: str) -> Decoder:
     return made
 
 
-def requests(vocab: int, count: int = 12, shared: int = 40) -> list[Request]:
+def requests(vocab: int, count: int = 12, shared: int = 40, longest: int = 60) -> list[Request]:
     """Of all lengths and samplings; every third begins like the others of its kind."""
     generator = torch.Generator().manual_seed(1)
 
@@ -74,7 +74,7 @@ def requests(vocab: int, count: int = 12, shared: int = 40) -> list[Request]:
     ]  # fmt: skip
     found = []
     for n in range(count):
-        prompt = (beginning if n % 3 == 0 else []) + ids(1 + 7 * n % 60)
+        prompt = (beginning if n % 3 == 0 else []) + ids(1 + 7 * n % longest)
         sampling = replace(kinds[n % 4], seed=n, max_tokens=5 + 5 * n % 31, stop_ids=())
         found.append(Request(prompt=prompt, sampling=sampling))
     return found
@@ -108,6 +108,19 @@ def test_tokens_are_those_of_running_alone(name: str) -> None:
     engine = Engine(model(name), memory=1 << 24, max_batch=5, chunk=24, block=8)
     assert [a[0].tokens for a in engine.generate(asked)] == [alone(model(name), r) for r in asked]
     assert engine.stats().cached_tokens > 0 and empty(engine)
+
+
+@pytest.mark.parametrize("architecture", every_family())
+def test_every_family(architecture: str) -> None:
+    of = build(every_family()[architecture])
+    if not isinstance(of, Decoder):
+        with pytest.raises(ValueError, match="serves decoders"):
+            Engine(of, memory=1 << 24)
+        return
+    asked = requests(of.cfg.embed.vocab, count=8, shared=17, longest=15)
+    engine = Engine(of, memory=1 << 24, max_batch=3, chunk=12, block=4)
+    assert [a[0].tokens for a in engine.generate(asked)] == [alone(of, r) for r in asked]
+    assert (engine.stats().cached_tokens > 0) == (not turning_lengths(of)) and empty(engine)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "narrow heads"])

@@ -63,10 +63,10 @@ class Engine:
         prefixes: bool = True,
         interval: int = 512,
     ) -> None:
-        if model.training:
-            raise ValueError("the model is in training mode; call model.eval() before it generates")
         if not isinstance(model, Decoder):
             raise ValueError(f"the engine serves decoders; a {type(model).__name__} is served by infer.generate")
+        if model.training:
+            raise ValueError("the model is in training mode; call model.eval() before it generates")
         for name, value in (("max_batch", max_batch), ("chunk", chunk), ("block", block), ("interval", interval)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")

@@ -7,8 +7,9 @@ slot that holds a copy of that state after the node's text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from ...nn.paged import Sees
 from .pool import Pool
 
 
@@ -60,11 +61,12 @@ class Node:
 
 
 class PrefixTree:
-    """`needed`: the pools of groups that see everything; `windows`: those that see so many tokens back; `slots`: the
-    pool of states, if there are any."""
+    """`groups`: the pools of blocks, and what their layers see; `slots`: the pool of states, if there are any."""
 
-    def __init__(self, size: int, needed: Sequence[Pool], windows: dict[Pool, int], slots: Pool | None) -> None:
-        self.size, self.needed, self.windows, self.slots = size, needed, windows, slots
+    def __init__(self, size: int, groups: Mapping[Pool, Sees], slots: Pool | None) -> None:
+        self.size, self.slots = size, slots
+        self.needed = [pool for pool, sees in groups.items() if sees.everything]
+        self._partial = {pool: sees for pool, sees in groups.items() if not sees.everything}
         self.root = Node(self, None, ())
 
     def path(self, tokens: Sequence[int]) -> list[Node]:
@@ -85,8 +87,8 @@ class PrefixTree:
                 continue
             if all(
                 pool in path[i].held
-                for pool, window in self.windows.items()
-                for i in range(first_seen(depth * self.size, window, self.size), depth)
+                for pool, sees in self._partial.items()
+                for i in range(sees.first(depth * self.size) // self.size, depth)
             ):
                 return depth
         return 0
@@ -97,8 +99,3 @@ class PrefixTree:
         if found is None:
             found = node.children[edge] = Node(self, node, edge)
         return found
-
-
-def first_seen(position: int, window: int, size: int) -> int:
-    """The first block that a token at `position` sees through a window."""
-    return max(0, position - window + 1) // size

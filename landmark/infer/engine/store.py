@@ -1,12 +1,13 @@
 """What the engine remembers of all sequences, within one budget of memory.
 
 The model's own decoding state says what it is made of. What can live in blocks does: layers that see everything form
-one group, those with a window of one length another, whose blocks are given back as they fall out of it. What has a
-fixed size a sequence has a slot. So attention, recurrences and any mixture of them are one case.
+one group, those with a window of one length another, whose blocks are given back as they fall out of it. What else has
+a fixed size a sequence has a slot. So attention, recurrences and any mixture of them are one case.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,10 +19,10 @@ from torch import Tensor
 from ...ctx import State
 from ...models.decoder import Decoder
 from ...nn.cache import SlotState
-from ...nn.paged import Blocks, Pageable
+from ...nn.paged import Blocks, Pageable, Sees, lazy_zeros
 from ...ops.attention.pages import Pages
 from .pool import Pool
-from .radix import PrefixTree, first_seen
+from .radix import PrefixTree
 from .request import Run
 
 UNLIMITED = 1 << 40  # a capacity for models without an end to their context
@@ -30,9 +31,9 @@ SNAPSHOTS = 16  # slots for copies of states, at most so many for each one that 
 
 @dataclass
 class Group:
-    """Layers that forget alike: their blocks, who has them, and the tables of all running sequences."""
+    """Layers that see alike: their blocks, who has them, and the tables of all running sequences."""
 
-    window: int | None
+    sees: Sees
     blocks: Blocks
     pool: Pool
     tables: np.ndarray = field(repr=False)  # [max_batch, most blocks]
@@ -44,14 +45,16 @@ class Slots:
     def __init__(self, state: SlotState, count: int) -> None:
         self.state = state
         self._fresh = dict(state.tensors)
-        self._all = {name: x.expand(count, *x.shape[1:]).clone() for name, x in state.tensors.items()}
+        self._all = {name: lazy_zeros((count, *x.shape[1:]), x.dtype, x.device) for name, x in state.tensors.items()}
 
-    def gather(self, slots: Tensor) -> None:
-        self.state.tensors = {name: x.index_select(0, slots) for name, x in self._all.items()}
+    def gather(self, slots: Tensor | slice) -> None:
+        self.state.tensors = {name: x[slots] for name, x in self._all.items()}
 
-    def scatter(self, slots: Tensor) -> None:
+    def scatter(self, slots: Tensor | slice) -> None:
         for name, x in self._all.items():
-            x.index_copy_(0, slots, self.state.tensors[name])
+            new = self.state.tensors[name]
+            if not isinstance(slots, slice) or new.data_ptr() != x[slots].data_ptr():  # it may be written in place
+                x[slots] = new
 
     def copy(self, source: int, target: int) -> None:
         for x in self._all.values():
@@ -74,33 +77,31 @@ class Store:
         self.block, self.max_batch, self.prefixes, self.interval = block, max_batch, prefixes, interval
         context = model.cfg.context
         self._state = model.new_state(1, UNLIMITED if context is None else context)
-        pageable: dict[int | None, list[Pageable]] = {}
+        pageable: dict[Sees, list[Pageable]] = {}
         slotted: list[SlotState] = []
         for leaf in self._state.leaves():
             if isinstance(leaf, Pageable):
-                pageable.setdefault(leaf.window, []).append(leaf)
+                pageable.setdefault(leaf.sees, []).append(leaf)
             elif isinstance(leaf, SlotState):
                 slotted.append(leaf)
             else:
                 raise ValueError(f"the engine cannot keep a {type(leaf).__name__}; use landmark.infer.generate for it")
-        plan = Plan.of(pageable, slotted, memory, max_batch, block, chunk, context)
+        plan = Plan.of(pageable, slotted, memory, max_batch, block, chunk)
         self.groups: list[Group] = []
         pages: dict[int, Any] = {}
-        for window, count in plan.blocks.items():
+        for sees, count in plan.blocks.items():
             blocks = Blocks(count, block, model.device)
-            longest = context if window is None else window + chunk
+            longest = context if sees.most is None else sees.most + chunk
             most = count if longest is None else min(count, -(-longest // block) + 1)
-            self.groups.append(Group(window, blocks, Pool(count), np.zeros((max_batch, most), np.int64)))
-            pages |= {id(leaf): leaf.paged(blocks) for leaf in pageable[window]}
+            self.groups.append(Group(sees, blocks, Pool(count), np.zeros((max_batch, most), np.int64)))
+            pages |= {id(leaf): leaf.paged(blocks) for leaf in pageable[sees]}
         self._state.layers = [_replaced(layer, pages) for layer in self._state.layers]
         self.slots = [Slots(leaf, plan.slots) for leaf in slotted]
         self.slot_pool = Pool(plan.slots) if slotted else None
         self._lines = list(range(max_batch))[::-1]
         self.device = model.device
-        self.capacity = min([g.pool.count * block for g in self.groups if g.window is None], default=UNLIMITED)
-        needed = [g.pool for g in self.groups if g.window is None]
-        windows = {g.pool: g.window for g in self.groups if g.window is not None}
-        self.tree = PrefixTree(block, needed, windows, self.slot_pool)
+        self.capacity = min([g.pool.count * block for g in self.groups if g.sees.everything], default=UNLIMITED)
+        self.tree = PrefixTree(block, {group.pool: group.sees for group in self.groups}, self.slot_pool)
 
     # -- what sequences hold ---------------------------------------------------------------------------------------
 
@@ -113,7 +114,7 @@ class Store:
         depth = self.tree.usable(path)
         run.computed = depth * self.block
         for group in self.groups:
-            first = 0 if group.window is None else first_seen(run.computed, group.window, self.block)
+            first = group.sees.first(run.computed) // self.block
             numbers = [path[i].held[group.pool] for i in range(first, depth)]
             for number in numbers:
                 group.pool.hold(number)
@@ -157,7 +158,7 @@ class Store:
         """Blocks that a group has yet to give for `length` tokens; through a window, not all of them at once."""
         group = self.groups[g]
         wanted = -(-length // self.block) - run.gone[g]
-        if group.window is not None:
+        if not group.sees.everything:
             wanted = min(wanted, group.tables.shape[1])
         return max(0, wanted - len(run.tables[g]))
 
@@ -187,7 +188,7 @@ class Store:
         index = np.repeat(np.arange(len(runs)), new)
         within = np.arange(ends[-1]) - (ends - new)[index]
         for g, group in enumerate(self.groups):
-            held = past if group.window is None else past - np.array([run.gone[g] for run in runs]) * self.block
+            held = past - np.array([run.gone[g] for run in runs]) * self.block
             at = held[index] + within
             totals = held + new
             tables = group.tables[lines, : -(-int(totals.max()) // self.block)]
@@ -195,7 +196,9 @@ class Store:
             group.blocks.offset = torch.from_numpy(at % self.block).to(self.device)
             group.blocks.pages = Pages.of(torch.from_numpy(tables), totals.tolist(), self.block, g)
         if self.slots:
-            self._bound = torch.tensor([run.slot for run in runs], device=self.device)
+            numbers = [run.slot for run in runs]
+            in_order = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+            self._bound = slice(numbers[0], numbers[-1] + 1) if in_order else torch.tensor(numbers, device=self.device)
             for slots in self.slots:
                 slots.gather(self._bound)
         self._state.lengths = lengths
@@ -210,12 +213,11 @@ class Store:
             if self.prefixes:
                 self._remember(run)
             for g, group in enumerate(self.groups):
-                if group.window is not None:
+                if not group.sees.everything:
                     self._pass_by(run, g, group)
 
     def _pass_by(self, run: Run, g: int, group: Group) -> None:
-        assert group.window is not None
-        past = first_seen(run.computed, group.window, self.block) - run.gone[g]
+        past = group.sees.first(run.computed) // self.block - run.gone[g]
         if past > 0:
             for number in reversed(run.tables[g][:past]):
                 group.pool.release(number)
@@ -273,18 +275,18 @@ class Store:
 class Plan:
     """How the budget is divided: blocks of each group, by window, and slots."""
 
-    blocks: dict[int | None, int]
+    blocks: dict[Sees, int]
     slots: int
 
     @classmethod
     def of(
-        cls, pageable: dict[int | None, list[Pageable]], slotted: list[SlotState], memory: int, max_batch: int,
-        block: int, chunk: int, context: int | None,
+        cls, pageable: dict[Sees, list[Pageable]], slotted: list[SlotState], memory: int, max_batch: int, block: int,
+        chunk: int,
     ) -> Plan:  # fmt: skip
         device = torch.device("meta")
         sizes = {
-            window: sum(t.nbytes for leaf in leaves for t in leaf.paged(Blocks(1, block, device)).tensors())
-            for window, leaves in pageable.items()
+            sees: sum(t.nbytes for leaf in leaves for t in leaf.paged(Blocks(1, block, device)).tensors())
+            for sees, leaves in pageable.items()
         }
         slot = sum(t.nbytes for leaf in slotted for t in leaf.tensors.values())
         left = memory - max_batch * slot
@@ -293,21 +295,18 @@ class Plan:
             share = left // 4 if sizes else left
             extra = max(0, min(share // slot, SNAPSHOTS * max_batch))
         left -= extra * slot
-        # A window needs no more than all running sequences see through it, each with one chunk more.
-        most = {w: max_batch * (-(-(w + chunk) // block) + 1) for w in sizes if w is not None}
-        blocks: dict[int | None, int] = {}
-        for window in sorted(most, key=lambda w: most[w]):
-            even = left // sum(size for w, size in sizes.items() if w not in blocks)
-            blocks[window] = min(most[window], even)
-            left -= blocks[window] * sizes[window]
-        if None in sizes:
-            blocks[None] = left // sizes[None]
-        least = max((-(-(w + chunk) // block) + 1 for w in sizes if w is not None), default=1)
-        if left < 0 or any(count < (2 if w is None else least) for w, count in blocks.items()):
-            one = slot + sum(size * (2 if w is None else least) for w, size in sizes.items())
+        # What sees so many tokens at most needs these, and a chunk of the prompt, of every running sequence.
+        one = {sees: 2 if sees.most is None else -(-(sees.most + chunk) // block) + 1 for sees in sizes}
+        blocks: dict[Sees, int] = {}
+        for sees in sorted(sizes, key=lambda each: one[each] if each.most else math.inf):
+            even = left // sum(size for each, size in sizes.items() if each not in blocks)
+            blocks[sees] = even if sees.most is None else min(max_batch * one[sees], even)
+            left -= blocks[sees] * sizes[sees]
+        if left < 0 or any(count < one[sees] for sees, count in blocks.items()):
+            least = slot + sum(size * one[sees] for sees, size in sizes.items())
             raise ValueError(
                 f"a memory of {memory:,} bytes is too small for {max_batch} sequences side by side, the state of one "
-                f"of which takes {one:,} or more; give more memory, or a smaller max_batch"
+                f"of which takes {least:,} or more; give more memory, or a smaller max_batch"
             )
         return cls(blocks, max_batch + extra)
 
