@@ -31,7 +31,7 @@ def glu(dim: int) -> GLU.Config:
 
 def decoder(
     ffn: ModuleConfig | None = None, *, mixers: Sequence[ModuleConfig] | None = None, dim: int = 96, layers: int = 3,
-    vocab: int = VOCAB, tied: bool = False, seed: int = 0,
+    vocab: int = VOCAB, tied: bool = False, context: int | None = None, seed: int = 0,
 ) -> Decoder:  # fmt: skip
     """A pre-norm decoder of width `dim`, initialised from `seed`: `layers` of attention and `ffn`, or one layer for
     each of `mixers`."""
@@ -43,7 +43,7 @@ def decoder(
     ]
     config = Decoder.Config(
         dim=dim, embed=Embedding.Config(vocab=vocab), layers=tuple(stack), norm=norm,
-        head=Head.Config(vocab=vocab, tied=tied), init=Init(),
+        head=Head.Config(vocab=vocab, tied=tied), context=context, init=Init(),
     )  # fmt: skip
     torch.manual_seed(seed)
     return config.build()
