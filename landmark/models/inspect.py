@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..ctx import Bounds, Memory
-from ..nn.bitlinear import BitLinear, PackedBitLinear
+from ..nn.bitlinear import Ternary
 from ..nn.codes import CodedEmbedding
 from ..nn.embedding import Embedding, Head
 from ..nn.heads import SequenceHead
+from ..nn.linear import Packed, count
 from ..nn.residual import Block, Repeat
 from .backbone import Backbone
 from .base import Model
@@ -37,12 +38,6 @@ class Mixer(Protocol):
 class Sparse(Protocol):
     def active_parameters(self) -> int:
         """How many of its parameters a token passes."""
-
-
-@runtime_checkable
-class Packed(Protocol):
-    def packed_parameters(self) -> int:
-        """How many weights it holds in a buffer, several to a byte."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ def figures(model: Model, *, context: int | None = None, dtype: torch.dtype = to
     if context < 1:
         raise ValueError(f"a context of {context} tokens is none; choose at least 1")
     parameters, flops = count(model), forward_flops(model, context)
-    ternary = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, BitLinear | PackedBitLinear))
+    ternary = sum(m.ternary_parameters() for m in model.modules() if isinstance(m, Ternary))
     memory = {name: -(-parameters * bits // 8) for name, bits in BITS.items()}
     if ternary:
         memory["ternary"] = ternary // 4 + 2 * (parameters - ternary)
@@ -108,12 +103,6 @@ def longest_text(model: Model) -> int | None:
     """The longest text, in tokens, that every part of a model was made for."""
     parts = [m.cfg.context for m in model.modules() if isinstance(m, Backbone)]
     return min((context for context in parts if context is not None), default=None)
-
-
-def count(module: nn.Module) -> int:
-    """Parameters, each once, and weights that are packed."""
-    packed = sum(m.packed_parameters() for m in module.modules() if isinstance(m, Packed))
-    return packed + sum(p.numel() for p in module.parameters())
 
 
 def embedding_parameters(model: nn.Module) -> int:

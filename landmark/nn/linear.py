@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from ..config import Config
 from ..ops.linear import linear
+from ..ops.moe import grouped_linear
 
 
 class Linear(nn.Linear):
@@ -15,6 +19,33 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
+
+
+class GroupedLinear(nn.Module):
+    """One matrix an expert: y = x W_e^T for rows that are sorted by expert. weight [experts, out, in]."""
+
+    def __init__(self, experts: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.experts, self.in_features, self.out_features = experts, in_features, out_features
+        self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """x [M, in], counts [experts] -> [M, out]."""
+        return grouped_linear(x, self.weight, counts)
+
+    def expert(self, number: int) -> Linear:
+        """The linear layer of one expert; its weight is a view of the stack, so that what is written there counts."""
+        with torch.device("meta"):
+            view = Linear(self.in_features, self.out_features, bias=False)
+        view.weight = nn.Parameter(self.weight.detach()[number], requires_grad=self.weight.requires_grad)
+        return view
+
+    def each(self) -> Iterator[Linear]:
+        """`expert` for every expert."""
+        return map(self.expert, range(self.experts))
+
+    def extra_repr(self) -> str:
+        return f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}"
 
 
 CHOOSERS = ("router.linear", "query")  # what picks experts: a choice that rounding would change
@@ -29,9 +60,30 @@ class LinearConfig(Config, ABC, abstract=True):
     def build(self, linear: Linear) -> nn.Module:
         """What takes the place of `linear`, of the same width, bias and dtype; its weights are not taken over."""
 
+    def build_experts(self, experts: GroupedLinear) -> nn.Module:
+        """What takes the place of a stack of matrices; unless a class knows better, the stack itself."""
+        return experts
+
 
 def replace_linears(module: nn.Module, config: LinearConfig) -> None:
-    """Put what `config` builds in the place of every `Linear` below a module, but for those that it skips."""
+    """Put what `config` builds in the place of every `Linear` and every `GroupedLinear` below a module, but for those
+    that it skips."""
     for name, child in list(module.named_modules()):
-        if type(child) is Linear and not any(f".{name}".endswith(f".{end}") for end in config.skip):
+        if any(f".{name}".endswith(f".{end}") for end in config.skip):
+            continue
+        if type(child) is Linear:
             module.set_submodule(name, config.build(child))
+        elif type(child) is GroupedLinear:
+            module.set_submodule(name, config.build_experts(child))
+
+
+@runtime_checkable
+class Packed(Protocol):
+    def packed_parameters(self) -> int:
+        """How many weights it holds in a buffer, several to a byte."""
+
+
+def count(module: nn.Module) -> int:
+    """Parameters, each once, and weights that are packed."""
+    packed = sum(m.packed_parameters() for m in module.modules() if isinstance(m, Packed))
+    return packed + sum(p.numel() for p in module.parameters())

@@ -9,7 +9,6 @@ the cost follows the active parameters. Which experts a token passes is the rout
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,36 +18,9 @@ from ..config import ModuleConfig
 from ..ctx import Ctx
 from ..ops.activation import Activation, activation
 from ..ops.fused import activate, glu
-from ..ops.moe import Plan, combine, grouped_linear, spread
-from .linear import Linear
+from ..ops.moe import Plan, combine, spread
+from .linear import GroupedLinear, count
 from .router import Router, RouterConfig
-
-
-class GroupedLinear(nn.Module):
-    """One matrix an expert: y = x W_e^T for rows that are sorted by expert. weight [experts, out, in]."""
-
-    def __init__(self, experts: int, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.experts, self.in_features, self.out_features = experts, in_features, out_features
-        self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
-
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """x [M, in], counts [experts] -> [M, out]."""
-        return grouped_linear(x, self.weight, counts)
-
-    def expert(self, number: int) -> Linear:
-        """The linear layer of one expert; its weight is a view of the stack, so that what is written there counts."""
-        with torch.device("meta"):
-            view = Linear(self.in_features, self.out_features, bias=False)
-        view.weight = nn.Parameter(self.weight.detach()[number], requires_grad=self.weight.requires_grad)
-        return view
-
-    def each(self) -> Iterator[Linear]:
-        """`expert` for every expert."""
-        return map(self.expert, range(self.experts))
-
-    def extra_repr(self) -> str:
-        return f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}"
 
 
 class Experts(nn.Module):
@@ -103,7 +75,7 @@ class MoE(nn.Module):
 
     def active_parameters(self) -> int:
         """How many parameters a token passes."""
-        every, routed = (sum(p.numel() for p in part.parameters()) for part in (self, self.experts))
+        every, routed = count(self), count(self.experts)
         return every - routed + routed // self.cfg.experts * self.cfg.active
 
     def forward(self, x: Tensor, ctx: Ctx | None = None, state: Any = None) -> Tensor:

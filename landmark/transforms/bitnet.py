@@ -12,9 +12,8 @@ from ..config import Config
 from ..models.backbone import Backbone
 from ..models.base import Model
 from ..models.quantised import published
-from ..nn.bitlinear import BitLinear, PackedBitLinear
+from ..nn.bitlinear import BitExperts, BitLinear, PackedBitLinear, packed_ternary
 from ..nn.linear import CHOOSERS, LinearConfig
-from ..ops.quant.ternary import absmean, pack, ternary
 from .rebuild import rebuilt, replace_configs
 
 NEW = BitLinear.Config()
@@ -34,7 +33,7 @@ def bitnet(model: Model, linear: BitLinear.Config = NEW) -> Model:
 
     config = replace_configs(model.cfg, change)
     with torch.device("meta"):
-        made = {name: m for name, m in config.build().named_modules() if isinstance(m, BitLinear)}
+        made = {name: m for name, m in config.build().named_modules() if isinstance(m, BitLinear | BitExperts)}
     if not made:
         raise ValueError("this model has no linear maps in its layers")
     for name, module in made.items():
@@ -49,13 +48,12 @@ def pack_ternary(model: Model) -> Model:
 
     Raises ValueError for a model that has no `BitLinear`.
     """
-    trained = {name: m for name, m in model.named_modules() if isinstance(m, BitLinear)}
+    trained = {name: m for name, m in model.named_modules() if isinstance(m, BitLinear | BitExperts)}
     if not trained:
         raise ValueError("this model has no ternary linear maps to pack; `landmark transform --bitnet` makes them")
     weights: dict[str, Tensor] = dict(model.state_dict())
     for name, module in trained.items():
-        scale = absmean(module.weight)
-        weights[f"{name}.weight"], weights[f"{name}.weight_scale"] = pack(ternary(module.weight, scale)), scale
+        weights[f"{name}.weight"], weights[f"{name}.weight_scale"] = packed_ternary(module.weight)
     found: list[LinearConfig] = []
 
     def change(config: Config) -> Config:

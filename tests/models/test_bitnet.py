@@ -105,13 +105,15 @@ def test_ternary_parity(kind: str, form: str, norm: bool, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("rms_norm", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "native"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "native", "mixtral"])
 @torch.no_grad()
 def test_any_model_becomes_ternary(kind: str, rms_norm: bool, tmp_path: Path) -> None:
     """Made, packed, saved and loaded: the same numbers all along, and transformers' where its files say it."""
     hf: dict[str, Any] = {**BASE, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     if kind == "gpt2":
         hf = dict(architectures=["GPT2LMHeadModel"], vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    if kind == "mixtral":
+        hf = {**BASE, "architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
     plain = landmark.build(hf)
     if kind == "native":
         plain.origin = None
@@ -128,6 +130,16 @@ def test_any_model_becomes_ternary(kind: str, rms_norm: bool, tmp_path: Path) ->
         landmark.save(made, tmp_path / name)
         back = landmark.load(tmp_path / name)
         assert torch.equal(back(TOKENS), want) and back.cfg == made.cfg
+    if kind == "mixtral":
+        experts = packed.layers[0]["ffn"].fn.experts
+        assert isinstance(experts.up, bitlinear.PackedBitExperts) and experts.up.weight.shape == (4, 12, 32)
+        alone = bitlinear.BitLinear(norm, landmark.nn.linear.Linear(32, 48, bias=False))
+        for e in range(4):  # each expert is a ternary linear map of its own
+            alone.weight.copy_(model.layers[0]["ffn"].fn.experts.up.weight[e])
+            x, counts = torch.randn(5, 32), torch.tensor([5 if i == e else 0 for i in range(4)])
+            assert torch.equal(experts.up(x, counts), alone(x))
+        assert count(packed) == count(model) and figures(packed).active == figures(model).active < count(model)
+        assert figures(packed).flops == figures(model).flops
     if kind == "llama":
         theirs = LlamaForCausalLM.from_pretrained(tmp_path / "trained", attn_implementation="eager")
         close(want, theirs(TOKENS, use_cache=False).logits)
