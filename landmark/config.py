@@ -118,6 +118,9 @@ def from_dict(data: Any) -> Any:
     known = {f.name for f in fields(cls)}
     for key in data.keys() - known - {"type"}:
         raise ValueError(f"{name} has no field {key!r}{nearest(key, known)}")
+    for f in fields(cls):
+        if f.name not in data and f.default is f.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{name} needs the field {f.name!r}")
     return cls(**{key: from_dict(item) for key, item in data.items() if key != "type"})
 
 

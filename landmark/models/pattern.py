@@ -168,6 +168,8 @@ class Pattern(ModelConfig):
 
     def check(self) -> None:
         super().check()
+        if not isinstance(self.parts, Mapping):
+            raise ValueError(f"Pattern.parts is {self.parts!r}; it must be a table by name")
         self.config()
 
     def config(self) -> Decoder.Config:

@@ -96,12 +96,21 @@ def test_what_does_not_parse(text: str, message: str) -> None:
         ("attention/moe", {"parts": {"moe": {"active": 9}}}, "the part 'moe' of the pattern: MoE.active is 9"),
         ("attention/peer", {"parts": {"peer": {"experts": 50}}}, "PEER.experts is 50, which is no square"),
         ("attention", {"dim": 0}, "Pattern.dim is 0"),
+        ("attention", {"parts": 3}, "Pattern.parts is 3"),
+        (3, {}, "a pattern is a text such as"),
     ],
 )
-def test_what_makes_no_model(text: str, fields: dict[str, Any], message: str) -> None:
+def test_what_makes_no_model(text: Any, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         Pattern(pattern=text, **{"dim": 64, "vocab_size": 61, **fields})
     assert message in str(error.value)
+
+
+def test_a_table_without_a_pattern() -> None:
+    with pytest.raises(ValueError, match="Pattern needs the field 'pattern'"):
+        from_dict({"type": "Pattern", "dim": 64})
+    with pytest.raises(ValueError, match="Pattern has no field 'patern'; did you mean 'pattern'"):
+        from_dict({"type": "Pattern", "patern": "attention"})
 
 
 def test_parts() -> None:
