@@ -121,7 +121,7 @@ def test_gshard(factor: float, random_second: bool) -> None:
     routing = router(x, ctx)
     torch.manual_seed(3)
     draws = torch.rand(23, dtype=torch.float64) if random_second else None
-    logits = x @ router.linear.weight.T
+    logits = (x @ router.linear.weight.T).detach()
     gates, aux, dropped = gshard(logits.softmax(-1).detach(), math.ceil(factor * 2 * 23 / 5), draws)
     for t in range(23):
         found = {e: w for e, w in zip(routing.experts[t].tolist(), routing.weights[t].tolist(), strict=True) if e >= 0}
@@ -217,7 +217,7 @@ def test_deepseek_moe_losses() -> None:
     cfg = SoftmaxTopK.Config(renormalise=False, groups=4, active_groups=4, balance=0.5, group_balance=0.25, z=0.125)
     router, x, ctx = made(cfg, 8, 2), tokens(17), context(10, 7)
     routing = router(x, ctx)
-    logits = x @ router.linear.weight.T
+    logits = (x @ router.linear.weight.T).detach()
     s = logits.softmax(-1)
     f = [8 / (2 * 17) * sum(i in row for row in routing.experts.tolist()) for i in range(8)]
     p = [float(s[:, i].mean()) for i in range(8)]

@@ -9,15 +9,16 @@ The cost follows the rows that are routed: there is no [tokens, experts, capacit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from . import loop, reference
+from . import loop, native, reference
 
-Backend = Literal["reference", "loop", "grouped_mm"]
+Backend = Literal["reference", "loop", "native", "grouped_mm"]
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,10 @@ def why_not(backend: Backend, x: Tensor, weight: Tensor) -> str | None:
     """None if `backend` can run, else why not."""
     if backend == "grouped_mm":
         return loop.why_not_grouped_mm(x, weight)
+    if backend == "native":
+        return native.why_not(x, weight)
     if backend not in ("reference", "loop"):
-        raise ValueError(f"unknown backend {backend!r}: use 'reference', 'loop' or 'grouped_mm'")
+        raise ValueError(f"unknown backend {backend!r}: use 'reference', 'loop', 'native' or 'grouped_mm'")
     return None
 
 
@@ -66,11 +69,21 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, *, backend: Backen
         )
     if backend is not None and (reason := why_not(backend, x, weight)) is not None:
         raise ValueError(f"backend {backend!r} cannot run: {reason}")
-    if backend is None:
-        backend = "grouped_mm" if x.is_cuda and loop.why_not_grouped_mm(x, weight) is None else "loop"
-    if backend == "reference":
-        return reference.grouped_linear(x, weight, counts)
-    return loop.grouped_mm(x, weight, counts) if backend == "grouped_mm" else loop.grouped_loop(x, weight, counts)
+    return _RUN[backend or _pick(x, weight)](x, weight, counts)
+
+
+def _pick(x: Tensor, weight: Tensor) -> Backend:
+    if x.is_cuda:
+        return "grouped_mm" if loop.why_not_grouped_mm(x, weight) is None else "loop"
+    return "native" if native.why_not(x, weight) is None else "loop"
+
+
+_RUN: dict[Backend, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "reference": reference.grouped_linear,
+    "loop": loop.grouped_loop,
+    "native": native.grouped_native,
+    "grouped_mm": loop.grouped_mm,
+}
 
 
 def spread(x: Tensor, plan: Plan) -> Tensor:
