@@ -61,22 +61,37 @@ def generate(
     quantise: Quantise = None,
     device: Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    batch: Annotated[
+        Path | None,
+        typer.Option(help="A JSON-lines file: a prompt or messages a line, with settings of its own if it likes."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the answers to --batch go.")] = None,
+    memory: Annotated[float, typer.Option(min=0.001, help="For what --batch remembers of its texts, in GB.")] = 1.0,
+    at_once: Annotated[int, typer.Option(min=1, help="Answers of --batch that are written side by side.")] = 64,
 ) -> None:
     """Continue prompts with a language model, or answer sources with an encoder-decoder.
 
     landmark generate runs/quickstart/model "import os" --temperature 0.7
+
+    landmark generate runs/quickstart/model --batch prompts.jsonl --output answers.jsonl
     """
+    settings: dict[str, Any] = {
+        "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty, "seed": seed, "stop": tuple(stop) if stop else None,
+    }  # fmt: skip
+    if batch is not None:
+        if text or prompt or file or samples > 1 or beams or stream:
+            raise ValueError('--batch takes its prompts from its file, and "n" from its lines; give nothing else')
+        _answer_file(model, batch, output, settings, int(memory * 1e9), at_once, dtype, device, as_json)
+        return
     prompts = read_prompts([*(text or ()), *(prompt or ())], file or [], lines)
     if beams and samples > 1:
         raise ValueError("--samples draws answers and --beams searches for the best; give one of them")
     loaded, tokenizer = open_model(model, dtype, device, quantise)
     from ..infer.defaults import recommended
 
-    sampling = recommended(
-        loaded, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
-        seed=seed, stop=tuple(stop) if stop else None,
-    )  # fmt: skip
+    sampling = recommended(loaded, **settings)
     terminal = sys.stdout.isatty()
     flowing = not as_json and not beams and len(prompts) * samples == 1
     flowing = flowing and (terminal if stream is None else stream)
@@ -98,6 +113,49 @@ def generate(
             print(printable(answer["text"]))
     if terminal:
         _dim(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s")
+
+
+def _answer_file(
+    spec: str, source: Path, target: Path | None, settings: dict[str, Any], memory: int, at_once: int,
+    dtype: str | None, device: str, as_json: bool,
+) -> None:  # fmt: skip
+    """`--batch`: with a bar, the rate and the time that is left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from ..infer.batch import Progress as State
+    from ..infer.batch import answer_file, read_lines
+    from ..infer.defaults import recommended
+    from ..infer.engine import Engine
+    from ..models.decoder import Decoder
+
+    if target is None:
+        raise ValueError("--batch needs --output, where its answers go")
+    read_lines(source)  # before a model is loaded for them
+    model, tokenizer = open_model(spec, dtype, device)
+    if not isinstance(model, Decoder):
+        raise ValueError(f"{spec} is a {type(model).__name__}; --batch serves decoders")
+    engine = Engine(model, tokenizer, memory=memory, max_batch=at_once)
+    began = time.perf_counter()
+    with Progress(
+        TextColumn("answers"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+        TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as bar:  # fmt: skip
+        task = bar.add_task("", total=None, rate="")
+
+        def report(state: State) -> None:
+            rate = f"{state.tokens / (time.perf_counter() - began):,.0f} tokens/s"
+            bar.update(task, total=state.total, completed=state.done, rate=rate)
+
+        key = f"{spec} {model.dtype}"
+        done = answer_file(engine, source, target, recommended(model, **settings), key=key, report=report)
+    seconds = time.perf_counter() - began
+    figures = {"output": str(target), "lines": done.total, "failed": done.failed, "tokens": done.tokens}
+    if as_json:
+        print(json.dumps({**figures, "seconds": round(seconds, 4)}, indent=2))
+    else:
+        print(f"{target}: {done.total} lines, {done.failed} failed; {done.tokens} tokens in {seconds:.1f} s")
 
 
 def read_prompts(given: list[str], files: list[Path], lines: bool) -> list[str]:

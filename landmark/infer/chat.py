@@ -107,14 +107,20 @@ class Conversation:
     def _stop_ids(self) -> frozenset[int]:
         if self.sampling.stop_ids is not None:
             return frozenset(self.sampling.stop_ids)
-        ends = stop_ids(self.model, self.tokenizer)
-        return frozenset(ends) | (frozenset(end_of_turn(self.tokenizer)) if self.templated else frozenset())
+        return frozenset(
+            turn_ends(self.model, self.tokenizer) if self.templated else stop_ids(self.model, self.tokenizer)
+        )
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a text that is to be continued: with what begins a text, and not with what ends it."""
     ids = tokenizer.encode(text, special=True)
     return ids[:-1] if len(ids) > 1 and ids[-1] in (tokenizer.eos_id, tokenizer.sep_id) else ids
+
+
+def turn_ends(model: Decoder, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end an answer in a conversation, for a tokenizer with a chat template."""
+    return tuple({*stop_ids(model, tokenizer), *end_of_turn(tokenizer)})
 
 
 def end_of_turn(tokenizer: Tokenizer) -> list[int]:

@@ -70,7 +70,7 @@ class Engine:
         for name, value in (("max_batch", max_batch), ("chunk", chunk), ("block", block), ("interval", interval)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
         self._turns = turning_lengths(model)
         if self._turns:  # what was computed for a short text is of no use to a long one
             prefixes, chunk = False, max(chunk, model.cfg.context or chunk)
