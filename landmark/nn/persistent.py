@@ -122,8 +122,8 @@ def windowed(
     sequence at a distance below `window`.
 
     q [B, T, heads, d]; k, v [B, T, kv_heads, d]. `earlier` [sequences, window, kv_heads, d]: keys and values before
-    this call, of which the last `held` count. Queries are taken in blocks of a window, each of which sees itself and the
-    block before it, so that the cost grows with the text, not with its square.
+    this call, of which the last `held` count. Queries are taken in blocks of a window, each of which sees itself and
+    the block before it, so that the cost grows with the text, not with its square.
     """
     size = min(window, max(bounds.longest, 1))
     chunks = Chunks.of(bounds, size)
@@ -140,11 +140,11 @@ def windowed(
         known = torch.tensor(held or (0,) * len(bounds.sequences), device=device)[order]
         there[:starts, 0] = back >= window - known[:, None]
         masks.append(there & (back > place[:, None]))
-        for keys, y, old in zip(both, (k, v), earlier or (None, None), strict=True):
+        for parts, y, old in zip(both, (k, v), earlier or (None, None), strict=True):
             blocks = chunks.cut(y)
             begin = old[order] if old is not None else blocks.new_zeros(starts, *blocks.shape[1:])
             before = [blocks[a][: b.stop - b.start] for a, b in zip(chunks.steps, chunks.steps[1:], strict=False)]
-            keys.append(torch.cat([begin, *before]))
+            parts.append(torch.cat([begin, *before]))
     masks.append((place <= place[:, None]).expand(n, -1, -1))
     keys, values = (torch.cat([*parts, chunks.cut(y)], 1) for parts, y in zip(both, (k, v), strict=True))
     y = sdpa(

@@ -83,9 +83,10 @@ class Steps(NamedTuple):
     store: Tensor  # [N, size, 1]
     lasting: bool
 
-    def of(self, rows: slice) -> Steps:
-        """Those of some of the N."""
-        return Steps(*(x[rows] if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]
+    def split(self, counts: list[int]) -> list[Steps]:
+        """Those of the first of the N, of the next ones ..."""
+        parts = [x.split(counts) if isinstance(x, Tensor) else [x] * len(counts) for x in self]
+        return [Steps(*part) for part in zip(*parts, strict=True)]
 
 
 def learn(
@@ -99,20 +100,19 @@ def learn(
     queries, keys, values = (by_head(chunks.cut(x)) for x in (q, k, v))
     x, h = with_ones(keys, net.bias), with_ones(queries, net.bias)
     goal, gain = loss_terms(net.norm, keys, values)
-    first_reach = steps.reach * torch.bmm(h, x.mT)
+    counts = [(step.stop - step.start) * heads for step in chunks.steps]
+    parts = (y.split(counts) for y in (x, h, goal, steps.reach * torch.bmm(h, x.mT)))
     base, now, momentum = _begin(initial, chunks, heads)
     outs: list[Tensor] = []
     ends: list[Memory] = []
-    for number, step in enumerate(chunks.steps):
-        count, rows = (step.stop - step.start) * heads, slice(step.start * heads, step.stop * heads)
-        base, now, momentum = (part and tuple(w[:count] for w in part) for part in (base, now, momentum))
-        here = steps.of(rows)
-        inputs, grads = surprise(net, base, x[rows], goal[rows], gain[:count] if gain is not None else None)
-        o = h[rows]
+    for number, (xs_, o, goal_, first_reach, here) in enumerate(zip(*parts, steps.split(counts), strict=True)):
+        count = counts[number]
+        base, now, momentum = (first_rows(part, count) for part in (base, now, momentum))
+        inputs, grads = surprise(net, base, xs_, goal_, gain[:count] if gain is not None else None)
         for layer, (w, xs, g) in enumerate(zip(now, inputs, grads, strict=True)):
             if layer:
                 o = with_ones(gelu(o, net.act), net.bias)
-            reach = here.reach * torch.bmm(o, xs.mT) if layer else first_reach[rows]
+            reach = here.reach * torch.bmm(o, xs.mT) if layer else first_reach
             y = torch.bmm(o, w)
             if here.keep is not None:
                 y = y * here.keep
@@ -120,14 +120,13 @@ def learn(
                 y = torch.addcmul(y, torch.bmm(o, momentum[layer]), here.push)
             o = torch.baddbmm(y, reach, g, alpha=-1)
         outs.append(o)
-        later = chunks.steps[number + 1] if number + 1 < len(chunks.steps) else slice(0, 0)
-        going = (later.stop - later.start) * heads
+        going = counts[number + 1] if number + 1 < len(counts) else 0
         after = _moved(now, momentum, here.end_keep, here.end_push, here.take, inputs, grads)
         carried: Matrices = ()
         if steps.lasting or going < count:
             carried = _moved(momentum, (), here.carry, None, here.store, inputs, grads)
         if going < count:
-            complete = chunks.last[step][going // heads :] == size - 1
+            complete = chunks.last[chunks.steps[number]][going // heads :] == size - 1
             mask = complete.to(q.device).repeat_interleave(heads)[:, None, None]
             left = tuple(torch.where(mask, a[going:], b[going:]) for a, b in zip(after, base, strict=True))
             ends.append(Memory(left, *(tuple(w[going:] for w in part) for part in (after, carried))))
@@ -149,7 +148,7 @@ def surprise(
         z = torch.bmm(inputs[-1], w)
     grads = [_loss_gradient(net.norm, z, goal, gain)]
     for w, z in zip(base[:0:-1], hidden[::-1], strict=True):
-        back = torch.bmm(grads[0], w[:, : z.shape[2]].mT)
+        back = torch.bmm(grads[0], w.mT)[..., : z.shape[2]]
         grads.insert(0, torch.ops.aten.gelu_backward(back, z, approximate=GELU[net.act]))
     return inputs, grads
 
@@ -213,6 +212,11 @@ def by_head(x: Tensor) -> Tensor:
 def per_row(x: Tensor, like: Tensor) -> Tensor:
     """[heads, d] -> [N, 1, d] for the N = chunks * heads rows of `like`."""
     return x.expand(len(like) // len(x), *x.shape).reshape(-1, 1, x.shape[-1])
+
+
+def first_rows(matrices: Matrices, count: int) -> Matrices:
+    """Those of the first rows; a slice that takes all would cost the backward pass a copy."""
+    return tuple(w[:count] for w in matrices) if matrices and len(matrices[0]) > count else matrices
 
 
 def _moved(
