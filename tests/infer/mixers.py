@@ -1,14 +1,22 @@
-"""A recurrent mixer that no other code knows of, for tests of what has to serve any."""
+"""Mixers of every kind of state, for tests of what has to serve any; one of them is known to no other code."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from landmark.config import ModuleConfig
 from landmark.ctx import Ctx
+from landmark.nn.attention import Attention
 from landmark.nn.cache import SlotState
 from landmark.nn.linear import Linear
+from landmark.nn.neural_memory import NeuralMemory
+from landmark.nn.persistent import PersistentAttention
+from landmark.nn.rope import Rope
+from landmark.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
+from landmark.nn.ttt import TTTLinear
 
 
 class Decay(nn.Module):
@@ -44,3 +52,19 @@ class Decay(nn.Module):
             state.tensors["h"] = torch.stack(ends)
         y: Tensor = self.out(torch.stack(out).view_as(x))
         return y
+
+
+ATTENTION = Attention.Config(heads=2, kv_heads=1, head_dim=16, rope=Rope.Config(), window=16)
+PERSISTENT = PersistentAttention.Config(heads=2, kv_heads=1, head_dim=16, rope=Rope.Config(), window=6, tokens=3)
+MEMORY = NeuralMemory.Config(heads=2, chunk=4)
+MIXERS: dict[str, tuple[ModuleConfig, ...]] = {  # of the layers, in turn
+    "recurrence": (Decay.Config(),),
+    "recurrence and attention": (Decay.Config(), ATTENTION),
+    "test-time training": (TTTLinear.Config(heads=2, batch=4),),
+    "memory": (MEMORY,),
+    "memory as gate": (MemoryAsGate.Config(attention=ATTENTION, memory=MEMORY),),
+    "memory as layer": (MemoryAsLayer.Config(attention=PERSISTENT, memory=MEMORY), Decay.Config()),
+    "memory as context": (
+        MemoryAsContext.Config(attention=replace(ATTENTION, window=None), memory=MEMORY, segment=8, persistent=3),
+    ),
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from typing import Any
@@ -10,13 +11,14 @@ import pytest
 import torch
 
 import landmark
+from landmark.config import ModuleConfig
 from landmark.infer.engine import Engine, Request, Sampling
 from landmark.infer.generate import generate
 from landmark.infer.session import turning_lengths
 from landmark.models.decoder import Decoder
 
 from ..models.families import perturb
-from .mixers import Decay
+from .mixers import MIXERS
 from .models import LLAMA, TINY, build, every_family, speaker, tokenizer
 
 CONTEXT = 256
@@ -38,21 +40,17 @@ MODELS: dict[str, dict[str, Any]] = {
 _built: dict[str, Decoder] = {}
 
 
-RECURRENT = ("recurrent", "hybrid")
-
-
 def model(name: str) -> Decoder:
     if name not in _built:
-        _built[name] = recurrent(name) if name in RECURRENT else build(MODELS[name])
+        _built[name] = with_mixers(MIXERS[name]) if name in MIXERS else build(MODELS[name])
     return _built[name]
 
 
-def recurrent(name: str) -> Decoder:
-    """The narrow llama with recurrences in the place of attention, in all layers or but one (which has a window)."""
-    cfg = landmark.build(MODELS["window"]).cfg
-    layers = [{**layer, "attn": replace(layer["attn"], fn=Decay.Config())} for layer in cfg.layers]
-    if name == "hybrid":
-        layers[1] = cfg.layers[1]
+def with_mixers(mixers: tuple[ModuleConfig, ...]) -> Decoder:
+    """The narrow llama with these in the place of attention, in turn."""
+    cfg = landmark.build(MODELS["llama"]).cfg
+    turn = itertools.cycle(mixers)
+    layers = [{**layer, "attn": replace(layer["attn"], fn=next(turn))} for layer in cfg.layers]
     torch.manual_seed(0)
     made: Decoder = replace(cfg, layers=tuple(layers)).build().eval()
     perturb(made)
@@ -102,7 +100,7 @@ def empty(engine: Engine) -> bool:
     return engine.stats().used == 0 and engine.stats().running == 0 and not engine._handles
 
 
-@pytest.mark.parametrize("name", [*MODELS, *RECURRENT])
+@pytest.mark.parametrize("name", [*MODELS, *MIXERS])
 def test_tokens_are_those_of_running_alone(name: str) -> None:
     asked = requests(model(name).cfg.embed.vocab)
     engine = Engine(model(name), memory=1 << 24, max_batch=5, chunk=24, block=8)
@@ -131,7 +129,7 @@ def test_who_gave_way_goes_on_with_the_same_tokens(name: str) -> None:
     assert engine.stats().preempted > 0 and empty(engine)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma", "hybrid"])
+@pytest.mark.parametrize("name", ["llama", "gemma", "recurrence and attention"])
 def test_others_leave(name: str) -> None:
     asked = requests(model(name).cfg.embed.vocab)
     engine = Engine(model(name), memory=1 << 24, max_batch=5, chunk=24, block=8)
@@ -146,7 +144,7 @@ def test_others_leave(name: str) -> None:
     assert empty(engine)
 
 
-@pytest.mark.parametrize("name", [*MODELS, *RECURRENT])
+@pytest.mark.parametrize("name", [*MODELS, *MIXERS])
 def test_what_was_read_is_found_again(name: str) -> None:
     """A conversation: each prompt is the last one, its answer and something new."""
     of = model(name)
@@ -164,7 +162,7 @@ def test_what_was_read_is_found_again(name: str) -> None:
 
 def test_a_state_is_kept_where_texts_part() -> None:
     """Two prompts show that a beginning is shared; the third starts after it."""
-    of = model("recurrent")
+    of = model("recurrence")
     engine = Engine(of, memory=1 << 24, max_batch=2, chunk=64, block=8, interval=1024)
     beginning, greedy = list(range(50)), Sampling(temperature=0, max_tokens=5, stop_ids=())
     cached = []
@@ -176,12 +174,12 @@ def test_a_state_is_kept_where_texts_part() -> None:
     assert cached == [0, 0, 48]
 
 
-@pytest.mark.parametrize("name", ["llama", "window", "recurrent"])
+@pytest.mark.parametrize("name", ["llama", "window", "recurrence"])
 def test_what_is_remembered_gives_way(name: str) -> None:
     """Far more texts than fit, some of them again and again."""
     of = model(name)
     options = {"max_batch": 2, "chunk": 32, "block": 4, "interval": 16}
-    engine = Engine(of, memory=2400, **options) if name == "recurrent" else tight(of, 200, **options)
+    engine = Engine(of, memory=2400, **options) if name == "recurrence" else tight(of, 200, **options)
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(0, of.cfg.embed.vocab, (50,), generator=generator).tolist() for _ in range(12)]
     for n in torch.randint(0, 12, (40,), generator=generator).tolist():

@@ -46,15 +46,23 @@ class Slots:
         self.state = state
         self._fresh = dict(state.tensors)
         self._all = {name: lazy_zeros((count, *x.shape[1:]), x.dtype, x.device) for name, x in state.tensors.items()}
+        self._lenders = {x.untyped_storage().data_ptr(): name for name, x in self._all.items()}
 
     def gather(self, slots: Tensor | slice) -> None:
+        """Some slots, in this order; as views, where they lie in order."""
         self.state.tensors = {name: x[slots] for name, x in self._all.items()}
 
     def scatter(self, slots: Tensor | slice) -> None:
-        for name, x in self._all.items():
-            new = self.state.tensors[name]
-            if not isinstance(slots, slice) or new.data_ptr() != x[slots].data_ptr():  # it may be written in place
-                x[slots] = new
+        """What a mixer left may be what it was given (it was written in place), or what another name was given."""
+        found = {}
+        for name, new in self.state.tensors.items():
+            lender = self._lenders.get(new.untyped_storage().data_ptr())
+            if lender is None:
+                found[name] = new
+            elif lender != name or new.data_ptr() != self._all[name][slots].data_ptr():
+                found[name] = new.clone()
+        for name, new in found.items():
+            self._all[name][slots] = new
 
     def copy(self, source: int, target: int) -> None:
         for x in self._all.values():
