@@ -135,6 +135,7 @@ def test_gshard(factor: float, random_second: bool) -> None:
 
 
 @pytest.mark.parametrize("factor", [0.3, 1.0])
+@torch.no_grad()
 def test_switch(factor: float) -> None:
     router, x, ctx = made(Switch.Config(capacity_factor=factor, jitter=0.0, balance=1.0), 4, 1), tokens(30), context(30)
     routing = router(x, ctx)

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import loop, native, reference
+from . import loop, native, reference, rows
 
 Backend = Literal["reference", "loop", "native", "grouped_mm"]
 
@@ -32,13 +32,14 @@ class Plan:
     @classmethod
     def of(cls, experts: Tensor, count: int, *, dropping: bool = False) -> Plan:
         """From experts [N, k]; if `dropping`, numbers below zero are choices to drop, else there must be none."""
+        if rows.why_not_plan(experts) is None:
+            return cls(*rows.plan(experts, count, dropping))
         flat = experts.flatten()
         if dropping:
             flat = torch.where(flat < 0, count, flat)
         ordered, order = flat.sort(stable=True)
         ends = torch.searchsorted(ordered, torch.arange(count, device=flat.device), right=True)
-        rows = torch.arange(flat.numel(), device=flat.device)
-        places = torch.empty_like(order).scatter_(0, order, rows)
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(flat.numel(), device=flat.device))
         if dropping:
             places = torch.where(experts.flatten() < 0, -1, places)
             order = order[: int(ends[-1])]
@@ -88,11 +89,13 @@ _RUN: dict[Backend, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 def spread(x: Tensor, plan: Plan) -> Tensor:
     """x [N, dim] -> [M, dim]: a row for every choice that is kept, sorted by expert."""
-    return reference.spread(x, plan.tokens)
+    return rows.spread(x, plan.tokens, plan.places) if rows.why_not(x) is None else reference.spread(x, plan.tokens)
 
 
 def combine(y: Tensor, weights: Tensor, plan: Plan) -> Tensor:
     """y [M, dim], weights [N, k] -> [N, dim]: sum_j weights[n, j] y[row of token n's choice j]; 0 for dropped ones."""
+    if rows.why_not(y, weights) is None:
+        return rows.combine(y, weights, plan.places)
     return reference.combine(y, weights, plan.places)
 
 

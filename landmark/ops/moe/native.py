@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ctypes import POINTER, byref, c_char_p, c_int
 from functools import cache
 from pathlib import Path
@@ -88,7 +89,8 @@ def _grad_weight(grad: Tensor, x: Tensor, counts: Tensor) -> Tensor:
 _library = torch.library.Library("landmark", "FRAGMENT")
 
 
-def _op(schema: str, run: Any, fake: Any) -> Any:
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """An op of the processor that compilers see as one."""
     name = schema.partition("(")[0]
     _library.define(schema)
     _library.impl(name, run, "CPU")
@@ -96,17 +98,17 @@ def _op(schema: str, run: Any, fake: Any) -> Any:
     return getattr(torch.ops.landmark, name).default
 
 
-grouped_native = _op(
+grouped_native = define(
     "grouped_native(Tensor x, Tensor weight, Tensor counts) -> Tensor",
     _forward,
     lambda x, weight, counts: x.new_empty(x.shape[0], weight.shape[1]),
 )
-_native_x = _op(
+_native_x = define(
     "grouped_native_x(Tensor grad, Tensor weight, Tensor counts) -> Tensor",
     _grad_x,
     lambda grad, weight, counts: grad.new_empty(grad.shape[0], weight.shape[2]),
 )
-_native_weight = _op(
+_native_weight = define(
     "grouped_native_weight(Tensor grad, Tensor x, Tensor counts) -> Tensor",
     _grad_weight,
     lambda grad, x, counts: x.new_empty(counts.numel(), grad.shape[1], x.shape[1]),
