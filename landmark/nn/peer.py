@@ -13,14 +13,16 @@ from ..config import ModuleConfig
 from ..ctx import Ctx
 from ..ops.activation import Activation, activation
 from ..ops.peer import mix_experts, product_topk
+from .float32 import Float32Buffers
 from .linear import Linear
+from .router import recomputing
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(Float32Buffers):
     """(x - mean) / sqrt(var + eps) * weight + bias over tokens (Ioffe & Szegedy 2015), in at least float32.
 
     In training, mean and variance are those of the batch's tokens that lie in a sequence; otherwise running averages of
-    these, so that no token's result depends on another.
+    these, kept in float32, so that no token's result depends on another.
     """
 
     class Config(PlainConfig):
@@ -53,11 +55,11 @@ class BatchNorm(nn.Module):
             rows = wide if inside is None else wide[inside]
             if rows.shape[0] > 1:
                 var, mean = torch.var_mean(rows, 0, correction=0)
-                with torch.no_grad():
+                if not recomputing():
                     unbiased = var.detach() * (rows.shape[0] / (rows.shape[0] - 1))
                     self.mean.lerp_(mean.detach().to(self.mean.dtype), self.cfg.momentum)
                     self.var.lerp_(unbiased.to(self.var.dtype), self.cfg.momentum)
-        scale = self.weight * torch.rsqrt(var + self.cfg.eps)
+        scale = self.weight * torch.rsqrt(var.to(wide.dtype) + self.cfg.eps)
         return ((wide - mean) * scale + self.bias).to(x.dtype)
 
 

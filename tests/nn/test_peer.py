@@ -18,7 +18,7 @@ def slow(layer: PEER, x: Tensor) -> Tensor:
     c, norm = layer.cfg, layer.query_norm
     q = x @ layer.query.weight.T
     if norm is not None:
-        q = F.batch_norm(q, norm.mean, norm.var, norm.weight, norm.bias, False, 0.0, norm.cfg.eps)
+        q = F.batch_norm(q, norm.mean.double(), norm.var.double(), norm.weight, norm.bias, False, 0.0, norm.cfg.eps)
     keys = torch.stack([torch.cat([a, b]) for a in layer.keys[0] for b in layer.keys[1]])
     y = torch.zeros_like(x)
     for head in q.unflatten(-1, (c.heads, -1)).unbind(1):
@@ -77,6 +77,9 @@ def test_statistics_in_training() -> None:
     first = made(x, ctx)
     x[0, 3:] = 100.0  # padding
     torch.testing.assert_close(made(x, ctx)[0, :3], first[0, :3])
+    made.bfloat16()
+    assert made.query_norm.mean.dtype == torch.float32
+    made.float()
     assert set(made.state_dict()) >= {"query_norm.mean", "query_norm.var"} and "peer_used" in ctx.reports.metrics
     one = SMALL.build(12).train()(torch.randn(1, 1, 12))
     assert one.isfinite().all()
