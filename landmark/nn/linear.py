@@ -48,13 +48,14 @@ class GroupedLinear(nn.Module):
         return f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}"
 
 
-CHOOSERS = ("router.linear", "query")  # what picks experts: a choice that rounding would change
+# What picks experts, whose choice rounding would change, and what decoding absorbs into other matrices.
+KEPT = ("router.linear", "query", "kv_up")
 
 
 class LinearConfig(Config, ABC, abstract=True):
     """What stands for a `Linear` of a layer, such as a quantised one."""
 
-    skip: tuple[str, ...] = CHOOSERS  # ends of the dotted names of those that stay as they are
+    skip: tuple[str, ...] = KEPT  # ends of the dotted names of those that stay as they are
 
     @abstractmethod
     def build(self, linear: Linear) -> nn.Module:

@@ -13,7 +13,7 @@ from ..models.backbone import Backbone
 from ..models.base import Model
 from ..models.quantised import published
 from ..nn.bitlinear import BitExperts, BitLinear, PackedBitLinear, packed_ternary
-from ..nn.linear import CHOOSERS, LinearConfig
+from ..nn.linear import KEPT, LinearConfig
 from .rebuild import rebuilt, replace_configs
 
 NEW = BitLinear.Config()
@@ -67,4 +67,4 @@ def pack_ternary(model: Model) -> Model:
 
 def _said(linear: LinearConfig) -> list[dict[str, Any]]:
     """What config.json says of it; nothing says that some maps are skipped."""
-    return [] if linear.skip != CHOOSERS else [{"quantization_config": published(linear)}]
+    return [] if linear.skip != KEPT else [{"quantization_config": published(linear)}]
