@@ -113,6 +113,7 @@ def generation(
 LLAMA1, LLAMA2 = generation(1e4, 2048, 32000, 1e-6), generation(1e4, 4096, 32000)
 LLAMA3, LLAMA31 = generation(5e5, 8192, 128256), generation(5e5, 131072, 128256, factor=8.0)
 LLAMA32 = generation(5e5, 131072, 128256, factor=32.0) | {"tie_word_embeddings": True}
+DEEPSEEK = generation(1e4, 4096, 102400, 1e-6)
 SIZES = {
     "llama-7b": size(4096, 11008, 32, 32, 32, **LLAMA1),
     "llama-13b": size(5120, 13824, 40, 40, 40, **LLAMA1),
@@ -128,6 +129,7 @@ SIZES = {
     "llama3.1-405b": size(16384, 53248, 126, 128, 8, **LLAMA31),
     "llama3.2-1b": size(2048, 8192, 16, 32, 8, **LLAMA32),
     "llama3.2-3b": size(3072, 8192, 28, 24, 8, **LLAMA32),
+    "deepseek-67b": size(8192, 22016, 95, 64, 8, **DEEPSEEK),
     "llama3.3-70b": size(8192, 28672, 80, 64, 8, **LLAMA31),
 }
 LLAMA = Family(

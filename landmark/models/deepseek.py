@@ -1,0 +1,128 @@
+"""DeepSeek-V2 (2024) and DeepSeek-V3 (2024), the shape of DeepSeek-R1 (2025): latent attention, many narrow experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..nn.latent import LatentAttention
+from ..nn.moe import MoE
+from ..nn.rope_scaling import YaRN, yarn_mscale
+from ..nn.router import RouterConfig, SigmoidTopK, SoftmaxTopK
+from ..weights.rules import Drop, Rename, Rule
+from .decoder import Decoder
+from .llama import NORMS, decoder, glu, pre_norm, rms_norm, size
+from .llama import rules as llama_rules
+from .moe_keys import FFN, MLP, expert_rules
+from .registry import Family, Keys, register
+from .rope_keys import rope
+
+
+def latent(keys: Keys, *, interleaved: bool) -> LatentAttention.Config:
+    rope_dim, head_dim = keys.get("qk_rope_head_dim", 64), keys.get("qk_nope_head_dim", 128)
+    turning = rope(keys, rope_dim, interleaved=interleaved)
+    scale = (head_dim + rope_dim) ** -0.5
+    if isinstance(turning.scaling, YaRN) and turning.scaling.mscale_all:
+        scale *= yarn_mscale(turning.scaling.factor, turning.scaling.mscale_all) ** 2
+    keys.inert("num_key_value_heads", "head_dim", "qk_head_dim")
+    return LatentAttention.Config(
+        heads=keys["num_attention_heads"], kv_rank=keys.get("kv_lora_rank", 512),
+        q_rank=keys.nullable("q_lora_rank", 1536),
+        head_dim=head_dim, rope_dim=rope_dim, v_dim=keys.get("v_head_dim", 128), rope=turning,
+        bias=keys.get("attention_bias", False), scale=scale, dropout=keys.get("attention_dropout", 0.0),
+    )  # fmt: skip
+
+
+def model(keys: Keys, attn: LatentAttention.Config, router: RouterConfig, first_dense: int) -> Decoder.Config:
+    """The first layers are dense; the others have experts, and shared ones as one feed-forward."""
+    norm, dense, hidden = rms_norm(keys), glu(keys), keys["moe_intermediate_size"]
+    shared = keys.get("n_shared_experts", 0)
+    experts = MoE.Config(
+        experts=keys["n_routed_experts"], active=keys["num_experts_per_tok"], hidden=hidden, act=dense.act,
+        router=router, shared=type(dense)(hidden=shared * hidden, act=dense.act) if shared else None,
+    )  # fmt: skip
+    keys.fixed("moe_layer_freq", 1)
+    keys.inert("pretraining_tp", "aux_loss_alpha", "seq_aux", "ep_size", "output_router_logits")
+    layers = [pre_norm(attn, dense if i < first_dense else experts, norm) for i in range(keys["num_hidden_layers"])]
+    return decoder(keys, layers)
+
+
+def config_v2(keys: Keys) -> Decoder.Config:
+    method = keys.get("topk_method", "greedy")
+    keys.fixed("topk_method", "greedy", "group_limited_greedy")
+    keys.fixed("scoring_func", "softmax")
+    keys.fixed("mlp_bias", False)
+    limited = method == "group_limited_greedy"
+    groups, active_groups = keys.get("n_group", 1), keys.get("topk_group", 1)
+    keys.inert("norm_topk_prob")  # transformers reads it and does nothing with it; published files have it off
+    router = SoftmaxTopK.Config(
+        renormalise=False, scale=float(keys.get("routed_scaling_factor", 1.0)),
+        groups=groups if limited else 1, active_groups=active_groups if limited else 1,
+    )  # fmt: skip
+    return model(keys, latent(keys, interleaved=True), router, keys.get("first_k_dense_replace", 0))
+
+
+def config_v3(keys: Keys) -> Decoder.Config:
+    keys.fixed("topk_method", "noaux_tc")
+    keys.fixed("scoring_func", "sigmoid")
+    router = SigmoidTopK.Config(
+        renormalise=keys.get("norm_topk_prob", True), scale=float(keys.get("routed_scaling_factor", 2.5)),
+        groups=keys.get("n_group", 8), active_groups=keys.get("topk_group", 4),
+    )  # fmt: skip
+    keys.inert("num_nextn_predict_layers", "num_mtp_layers")
+    interleaved = keys.get("rope_interleave", True)
+    return model(keys, latent(keys, interleaved=interleaved), router, keys.get("first_k_dense_replace", 3))
+
+
+def rules(keys: Keys) -> list[Rule]:
+    theirs, ours = "model.layers.{i}.self_attn.", "layers.{i}.attn.fn."
+    names = {
+        "q_proj": "q", "q_a_proj": "q_down", "q_a_layernorm": "q_norm", "q_b_proj": "q_up",
+        "kv_a_proj_with_mqa": "kv_down", "kv_a_layernorm": "kv_norm", "kv_b_proj": "kv_up",
+    }  # fmt: skip
+    beyond = f"model.layers.{keys['num_hidden_layers']}."  # modules that predict further tokens
+    return [
+        Drop(beyond),
+        *(Rename(f"{theirs}{name}.", f"{ours}{own}.") for name, own in names.items()),
+        Rename(f"{MLP}gate.e_score_correction_bias", f"{FFN}router.bias"),
+        *expert_rules(keys["n_routed_experts"]),
+        *(Rename(f"{MLP}shared_experts.{name}_proj.", f"{FFN}shared.{name}.") for name in ("gate", "up", "down")),
+        *llama_rules(keys, norms=NORMS),
+    ]
+
+
+def published(**own: Any) -> dict[str, Any]:
+    return {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": False, "kv_lora_rank": 512, **own}
+
+
+V2 = published(
+    model_type="deepseek_v2", vocab_size=102400, max_position_embeddings=163840, first_k_dense_replace=1,
+    n_shared_experts=2, num_experts_per_tok=6,
+)  # fmt: skip
+V3 = published(
+    model_type="deepseek_v3", vocab_size=129280, max_position_embeddings=163840, first_k_dense_replace=3,
+    n_shared_experts=1, n_routed_experts=256, num_experts_per_tok=8, moe_intermediate_size=2048, q_lora_rank=1536,
+    n_group=8, topk_group=4, routed_scaling_factor=2.5, norm_topk_prob=True,
+)  # fmt: skip
+SIZES_V2 = {
+    "deepseek-v2": size(
+        5120, 12288, 60, 128, 128, **V2, n_routed_experts=160, moe_intermediate_size=1536, q_lora_rank=1536,
+        topk_method="group_limited_greedy", n_group=8, topk_group=3, routed_scaling_factor=16.0,
+    ),
+    "deepseek-v2-lite": size(
+        2048, 10944, 27, 16, 16, **V2, n_routed_experts=64, moe_intermediate_size=1408, q_lora_rank=None,
+        topk_method="greedy", routed_scaling_factor=1.0,
+    ),
+}  # fmt: skip
+SIZES_V3 = {name: size(7168, 18432, 61, 128, 128, **V3) for name in ("deepseek-v3", "deepseek-r1")}
+register(
+    Family(
+        name="deepseek_v2", architectures=("DeepseekV2ForCausalLM",), config=config_v2, rules=rules, prefix="model.",
+        sizes=SIZES_V2,
+    )
+)  # fmt: skip
+register(
+    Family(
+        name="deepseek_v3", architectures=("DeepseekV3ForCausalLM",), config=config_v3, rules=rules, prefix="model.",
+        sizes=SIZES_V3,
+    )
+)  # fmt: skip

@@ -1,0 +1,110 @@
+"""Multi-head latent attention (DeepSeek-V2, 2024, sec. 2.1): keys and values are views of one short vector a token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ModuleConfig
+from ..ctx import Bounds, Ctx
+from ..ops.attention import attention
+from ..ops.attention.pages import Pages
+from .cache import KVCache
+from .linear import Linear
+from .norm import NormConfig, RMSNorm
+from .rope import Rope
+
+
+class LatentAttention(nn.Module):
+    """c = norm(W_DKV x) [kv_rank] gives the keys W_UK c and values W_UV c of every head (eq. 9-13); `rope_dim` further
+    dimensions of a key carry the position and are the same for all heads (eq. 14-19).
+
+    While decoding, c and the shared part are all that is kept: W_UK goes to the query's side, W_UV to the output's, and
+    heads attend to the one latent vector as their common key and value. `q_rank`: queries are compressed, too; None:
+    they are not. `scale` is what scores are multiplied by, 1 / sqrt(head_dim + rope_dim) unless said.
+    """
+
+    class Config(ModuleConfig):
+        heads: int
+        kv_rank: int = 512
+        q_rank: int | None = None
+        head_dim: int = 128  # of a key's part that knows no position
+        rope_dim: int = 64
+        v_dim: int = 128
+        rope: Rope.Config = Rope.Config(interleaved=True)
+        norm: NormConfig = RMSNorm.Config(eps=1e-6)
+        bias: bool = False  # of the compressing matrices and the output
+        scale: float | None = None
+        dropout: float = 0.0
+
+        def build(self, dim: int) -> LatentAttention:
+            return LatentAttention(self, dim)
+
+    def __init__(self, cfg: Config, dim: int) -> None:
+        super().__init__()
+        self.cfg = c = cfg
+        wide = c.heads * (c.head_dim + c.rope_dim)
+        if c.q_rank is None:
+            self.q = Linear(dim, wide, bias=False)
+        else:
+            self.q_down, self.q_norm = Linear(dim, c.q_rank, c.bias), c.norm.build(c.q_rank)
+            self.q_up = Linear(c.q_rank, wide, bias=False)
+        self.kv_down, self.kv_norm = Linear(dim, c.kv_rank + c.rope_dim, c.bias), c.norm.build(c.kv_rank)
+        self.kv_up = Linear(c.kv_rank, c.heads * (c.head_dim + c.v_dim), bias=False)
+        self.out = Linear(c.heads * c.v_dim, dim, c.bias)
+        self.rope = c.rope.build(c.rope_dim)
+        self.scale = (c.head_dim + c.rope_dim) ** -0.5 if c.scale is None else c.scale
+        # With more new tokens than this, expanding all that was kept costs less than attending to it as it is.
+        self.many = c.kv_rank * (c.head_dim + c.v_dim) // max(1, 2 * c.kv_rank - c.head_dim - c.v_dim)
+
+    def new_state(self, slots: int, capacity: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+        """One key of kv_rank + rope_dim a token; its first kv_rank dimensions are the value."""
+        return KVCache(slots, capacity, 1, self.cfg.kv_rank + self.cfg.rope_dim, 0, dtype, device)
+
+    def mixing_flops(self, context: int) -> int:
+        """FLOPs per token beyond the weights', for a token that sees `context` tokens, keys and values expanded."""
+        return 2 * context * self.cfg.heads * (self.cfg.head_dim + self.cfg.rope_dim + self.cfg.v_dim)
+
+    def forward(self, x: Tensor, ctx: Ctx, state: KVCache | None = None) -> Tensor:
+        c = self.cfg
+        q = self.q(x) if c.q_rank is None else self.q_up(self.q_norm(self.q_down(x)))
+        q = q.view(*x.shape[:-1], c.heads, c.head_dim + c.rope_dim)
+        q_rope = self.rope(q[..., c.head_dim :], ctx)
+        down = self.kv_down(x)
+        latent, k_rope = self.kv_norm(down[..., : c.kv_rank]), self.rope(down[..., None, c.kv_rank :], ctx)
+        if state is None:
+            y = self._expanded(q[..., : c.head_dim], q_rope, latent, k_rope, ctx, ctx.bounds)
+        else:
+            entry = torch.cat([latent.unsqueeze(-2), k_rope], -1)
+            kept, _, bounds = state.extend(entry, entry[..., :0], ctx)
+            if kept is entry:
+                y = self._expanded(q[..., : c.head_dim], q_rope, latent, k_rope, ctx, bounds)
+            elif ctx.bounds.longest > self.many:
+                if isinstance(bounds, Pages):
+                    kept, bounds = bounds.gather(kept), bounds.gathered
+                parts = kept.squeeze(-2)[..., : c.kv_rank], kept[..., c.kv_rank :]
+                y = self._expanded(q[..., : c.head_dim], q_rope, *parts, ctx, bounds)
+            else:
+                y = self._absorbed(q[..., : c.head_dim], q_rope, kept, ctx, bounds)
+        out: Tensor = self.out(y.flatten(-2))
+        return out
+
+    def _expanded(self, q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, ctx: Ctx, bounds: Bounds) -> Tensor:
+        """Keys and values of every head. latent [B, S, kv_rank], k_rope [B, S, 1, rope_dim] -> [B, T, heads, v_dim]."""
+        c = self.cfg
+        k, v = self.kv_up(latent).view(*latent.shape[:-1], c.heads, -1).split([c.head_dim, c.v_dim], -1)
+        k = torch.cat([k, k_rope.expand(*k.shape[:-1], -1)], -1)
+        return attention(
+            torch.cat([q, q_rope], -1), k, v, bounds=ctx.bounds, k_bounds=bounds, scale=self.scale, causal=True,
+            dropout=c.dropout if self.training else 0.0,
+        )  # fmt: skip
+
+    def _absorbed(self, q: Tensor, q_rope: Tensor, kept: Tensor, ctx: Ctx, bounds: Bounds) -> Tensor:
+        """Heads share `kept` as key and its beginning as value (sec. 2.1.2: the matrices are absorbed)."""
+        c = self.cfg
+        up_k, up_v = self.kv_up.weight.view(c.heads, c.head_dim + c.v_dim, c.kv_rank).split([c.head_dim, c.v_dim], 1)
+        q = torch.cat([torch.einsum("bthd,hdr->bthr", q, up_k), q_rope], -1)
+        y = attention(
+            q, kept, kept[..., : c.kv_rank], bounds=ctx.bounds, k_bounds=bounds, scale=self.scale, causal=True
+        )
+        return torch.einsum("bthr,hdr->bthd", y, up_v)
