@@ -100,7 +100,8 @@ class SoftmaxTopK(Router):
     largest scores can be chosen (DeepSeek-V2, 2024, sec. 2.2.2: a group is a device).
 
     Losses: `balance` weighs that of experts (1 for an even load; transformers' is `active` times as large and mixes the
-    layers), `group_balance` that of groups (DeepSeekMoE, eq. 15-17), `z` the router z-loss.
+    layers), `group_balance` that of groups (DeepSeekMoE, Dai et al. 2024, eq. 15-17), `communication` that of the tokens
+    sent to each group (DeepSeek-V2, eq. 29-31), `z` the router z-loss. Groups limit nothing where all are active.
     """
 
     class Config(RouterConfig):
@@ -110,11 +111,12 @@ class SoftmaxTopK(Router):
         active_groups: int = 1
         balance: float = 0.0
         group_balance: float = 0.0
+        communication: float = 0.0
         z: float = 0.0
 
         def check(self) -> None:
             super().check()
-            self.check_weights("balance", "group_balance", "z")
+            self.check_weights("balance", "group_balance", "communication", "z")
             check_groups(self)
 
         def check_experts(self, experts: int, active: int) -> None:
@@ -145,6 +147,8 @@ class SoftmaxTopK(Router):
                 ctx.reports.loss("router_balance", balance(counts, scores, experts.numel()), c.balance)
             if c.group_balance:
                 ctx.reports.loss("router_group_balance", self.even_groups(counts, scores), c.group_balance)
+            if c.communication:
+                ctx.reports.loss("router_communication", self.even_sending(experts, scores), c.communication)
             if c.z:
                 ctx.reports.loss("router_z", z_loss(logits.to(scores.dtype)), c.z)
         return Routing(experts, weights if c.scale == 1.0 else weights * c.scale)
@@ -154,6 +158,14 @@ class SoftmaxTopK(Router):
         choices = scores.shape[0] * self.active
         share = counts.unflatten(0, (self.cfg.groups, -1)).float().mean(-1) * (self.experts / max(choices, 1))
         return (share * scores.mean(0).unflatten(0, (self.cfg.groups, -1)).sum(-1)).sum()
+
+    def even_sending(self, experts: Tensor, scores: Tensor) -> Tensor:
+        """sum_i f''_i P''_i over groups: f'' = groups / active_groups times the share of tokens that are sent to the
+        group, P'' the sum of P (DeepSeek-V2, 2024, eq. 29-31)."""
+        groups, size = self.cfg.groups, self.experts // self.cfg.groups
+        sent = torch.zeros(len(experts), groups, dtype=scores.dtype, device=scores.device)
+        share = sent.scatter_(-1, experts // size, 1.0).mean(0) * (groups / self.cfg.active_groups)
+        return (share * scores.mean(0).unflatten(0, (groups, -1)).sum(-1)).sum()
 
 
 def check_groups(cfg: Any) -> None:

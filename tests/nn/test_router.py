@@ -231,6 +231,19 @@ def test_deepseek_moe_losses() -> None:
     assert sum(ctx.reports.losses).item() == pytest.approx(0.5 * expert + 0.25 * group + 0.125 * z)
 
 
+def test_communication_loss() -> None:
+    """DeepSeek-V2, eq. 29-31: three experts of twelve, in two of four groups."""
+    cfg = SoftmaxTopK.Config(renormalise=False, groups=4, active_groups=2, communication=0.5)
+    router, x, ctx = made(cfg, 12, 3), tokens(19), context(19)
+    routing, s = router(x, ctx), (x @ router.linear.weight.T).softmax(-1).detach()
+    total = 0.0
+    for d in range(4):
+        sent = sum(any(e // 3 == d for e in row) for row in routing.experts.tolist())
+        total += 4 / (2 * 19) * sent * sum(s[:, j].mean().item() for j in range(3 * d, 3 * d + 3))
+    assert said(ctx, "router_communication").item() == pytest.approx(total)
+    assert sum(ctx.reports.losses).item() == pytest.approx(0.5 * total)
+
+
 def test_figures() -> None:
     router, x, ctx = made(SoftmaxTopK.Config(), 4, 2), tokens(10), context(10)
     counts = torch.bincount(router(x, ctx).experts.flatten(), minlength=4)
