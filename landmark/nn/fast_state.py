@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,26 +36,23 @@ def room(
     }
 
 
-def known(
-    state: SlotState, begin: Callable[[], Memory], past: tuple[int, ...], parts: tuple[str, ...] = PARTS
-) -> Memory:  # fmt: skip
-    """What each slot's memory holds: what `begin` gives for all slots, where one has seen nothing yet."""
-    if not any(past):
-        return begin()
+def memory_of(state: SlotState, parts: tuple[str, ...] = PARTS) -> Memory:
+    """What each slot's memory holds."""
     count = sum(name.startswith("base") for name in state.tensors)
     held = {part: tuple(state.tensors[f"{part}{n}"] for n in range(count)) for part in parts}
-    memory = Memory(held["base"], held.get("now", held["base"]), held["momentum"])
-    if all(past):
-        return memory
-    start = begin().to(memory.base[0].dtype)
-    new = torch.tensor([n == 0 for n in past], device=start.base[0].device)[:, None, None, None]
+    return Memory(held["base"], held.get("now", held["base"]), held["momentum"])
+
+
+def merged(new: Tensor, start: Memory, memory: Memory) -> Memory:
+    """`start` for slots that are `new` [slots, 1, 1, 1], `memory` for the others."""
+    start = start.to(memory.base[0].dtype)
     return Memory(*(
         tuple(torch.where(new, a, b) for a, b in zip(first, here, strict=True))
         for first, here in zip(start, memory, strict=True)
     ))  # fmt: skip
 
 
-def keep(state: SlotState, memory: Memory, parts: tuple[str, ...] = PARTS) -> None:
+def put(state: SlotState, memory: Memory, parts: tuple[str, ...] = PARTS) -> None:
     """Put what is known after a call into the state."""
     held: dict[str, Matrices] = memory._asdict()
     for part in parts:

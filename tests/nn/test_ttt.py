@@ -10,12 +10,13 @@ import torch
 from landmark.config import ModuleConfig, from_dict, to_dict
 from landmark.ctx import Bounds, Ctx
 from landmark.nn.rope import Rope
-from landmark.nn.ttt import TTTMLP, TTTLinear
+from landmark.nn.ttt import TTTMLP, MambaBackbone, TTTLinear
 from tests.nn.mixers import check_learns, check_sequences, check_state_is_constant
 
 MIXERS = {
     "linear": TTTLinear.Config(heads=2, batch=4),
     "mlp": TTTMLP.Config(heads=2, batch=4),
+    "linear, Mamba backbone": TTTLinear.Config(heads=2, batch=4, mamba=MambaBackbone()),
     "no rope, wide heads": TTTLinear.Config(heads=3, head_dim=8, batch=5, rope=None),
 }
 
@@ -30,7 +31,7 @@ def test_the_state_does_not_grow(mixer: ModuleConfig) -> None:
     check_state_is_constant(mixer)
 
 
-@pytest.mark.parametrize("name", ["linear", "mlp"])
+@pytest.mark.parametrize("name", ["linear", "mlp", "linear, Mamba backbone"])
 def test_it_learns_and_is_kept(name: str, tmp_path: Path) -> None:
     check_learns(MIXERS[name], tmp_path)
 
@@ -64,5 +65,7 @@ def test_what_configs_refuse() -> None:
         TTTMLP.Config(heads=3).build(32)
     with pytest.raises(ValueError, match=r"TTTMLP\.rate is 0"):
         TTTMLP.Config(heads=2, rate=0.0)
+    with pytest.raises(ValueError, match=r"MambaBackbone\.conv is 0"):
+        MambaBackbone(conv=0)
     with pytest.raises(ValueError, match="rotary positions turn pairs"):
         TTTLinear.Config(heads=2, head_dim=3, rope=Rope.Config()).build(6)
