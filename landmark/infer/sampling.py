@@ -22,6 +22,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..ops.draw import draw
+
 BROKEN = "the model's logits are not numbers (NaN); its weights are broken or overflow in this dtype"
 Logprobs = Literal["model", "sampled"]  # before all of the above, or of the distribution that was drawn from
 
@@ -88,39 +90,6 @@ def count_penalty(logits: Tensor, counts: Tensor, presence: Tensor, frequency: T
     return logits - (counts > 0) * presence - counts * frequency
 
 
-def top_k_threshold(logits: Tensor, k: Tensor) -> Tensor:
-    """[B, 1]: the k-th largest of logits [B, V]; -inf where k [B, 1] is 0."""
-    widest = int(k.clamp(max=logits.shape[1]).max())
-    kth = logits.topk(max(widest, 1)).values.gather(1, (k.clamp(max=logits.shape[1]) - 1).clamp_min(0))
-    return kth.masked_fill(k == 0, -math.inf)
-
-
-def top_p_threshold(logits: Tensor, p: Tensor, head: int = 512) -> Tensor:
-    """[B, 1]: the smallest logit of the smallest set with mass of at least p [B, 1], among logits [B, V].
-
-    Only the `head` most likely tokens are sorted, or more of them where their mass is too small.
-    """
-    values = logits.topk(min(head, logits.shape[1])).values
-    # The mass above each; first in the row, where it is 0, the mass of all of them.
-    before = (values - logits.logsumexp(1, keepdim=True)).exp().cumsum(1).roll(1, 1)
-    if values.shape[1] < logits.shape[1] and bool(((before[:, :1] < p) & (p < 1)).any()):
-        return top_p_threshold(logits, p, 16 * head)
-    before[:, 0] = 0.0
-    last = (before < p).sum(1, keepdim=True) - 1
-    return values.gather(1, last).masked_fill(p >= 1, -math.inf)
-
-
-def min_p_threshold(logits: Tensor, p: Tensor) -> Tensor:
-    """[B, 1]: the logit of a token that is p [B, 1] times as likely as the likeliest; -inf where p is 0."""
-    return logits.amax(1, keepdim=True) + p.log()
-
-
-def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """[B]: the token at which the cumulated probability of logits [B, V] reaches uniform [B], in (0, 1]."""
-    cumulated = logits.softmax(1).cumsum(1, dtype=torch.float64)
-    return torch.searchsorted(cumulated, (uniform[:, None] * cumulated[:, -1:]).contiguous()).squeeze(1)
-
-
 @dataclass(eq=False)
 class Row:
     """What one request's next token depends on besides the logits: settings, history, random numbers."""
@@ -148,6 +117,8 @@ class Sampler:
         self.vocab = vocab
         self._rows = [Row.of(s, prompt, vocab) for s, prompt in zip(settings, prompts, strict=True)]
         self._device: torch.device | None = None
+        self._limits: tuple[Tensor, Tensor, Tensor, Tensor]
+        self._last: tuple[Tensor, Tensor]  # what was drawn from, and where it was cut
         self._in_prompt = self._counts = torch.empty(0)
         self._kept: dict[Row, int] = {}  # rows whose histories the tensors hold, and where
 
@@ -162,45 +133,55 @@ class Sampler:
 
     def __call__(self, logits: Tensor, logprobs: Logprobs | None = None) -> tuple[list[int], list[float] | None]:
         """The next token of every request from logits [B, vocab], and its log-probability if that is wanted."""
-        tokens, processed = self.sample(logits)
+        tokens = self.sample(logits)
         if max(tokens) >= self.vocab:
             raise ValueError(BROKEN)
         if logprobs is None:
             return tokens, None
-        distribution = self.log_distribution(logits, processed, list(range(len(tokens))), logprobs)
+        distribution = self.log_distribution(logits, list(range(len(tokens))), logprobs)
         return tokens, distribution.gather(1, torch.tensor(tokens, device=logits.device)[:, None]).squeeze(1).tolist()
 
-    def sample(self, logits: Tensor) -> tuple[list[int], Tensor]:
-        """The next token of every request from logits [B, vocab], and the logits that it was drawn from.
-
-        The token is `vocab` where those are not numbers."""
-        processed = self.process(logits)
-        picked = processed.argmax(1)
-        if not self._greedy_all:
-            numbers = [1 - row.random.random() for row in self._rows]
-            drawn = draw(processed, torch.tensor(numbers, dtype=torch.float64, device=logits.device))
-            picked = torch.where(self._greedy, picked, drawn)
+    def sample(self, logits: Tensor) -> list[int]:
+        """The next token of every request from logits [B, vocab]; `vocab` where those are not numbers."""
+        x = self._changed(logits)
+        numbers = [1 - row.random.random() for row in self._rows]
+        picked, cuts = draw(x, *self._limits, torch.tensor(numbers, dtype=torch.float64, device=x.device))
+        self._last = x, cuts
         tokens: list[int] = picked.tolist()
         for row, token in zip(self._rows, tokens, strict=True):
             row.answer.append(token)
         if self._penalised:
-            self._counts[torch.arange(len(tokens), device=picked.device), picked.clamp(max=self.vocab - 1)] += 1
-        return tokens, processed
+            self._counts[torch.arange(len(tokens), device=x.device), picked.clamp(max=self.vocab - 1)] += 1
+        return tokens
 
-    def log_distribution(self, logits: Tensor, processed: Tensor, rows: Sequence[int], which: Logprobs) -> Tensor:
-        """[rows, vocab]: log-probabilities of some of the requests, of the model's own or the sampled distribution."""
+    def log_distribution(self, logits: Tensor, rows: Sequence[int], which: Logprobs) -> Tensor:
+        """[rows, vocab]: log-probabilities of some of the requests whose tokens were drawn from logits [B, vocab] just
+        now: the model's own, or those of the distributions that they were drawn from."""
         index = torch.tensor(rows, device=logits.device)
         if which == "model":
             return _wide(logits[index]).log_softmax(1)
-        x = _wide(processed[index])
+        x, cuts = self._last
+        x = _wide(x[index])
         only = torch.full_like(x, -math.inf).scatter_(1, x.argmax(1, keepdim=True), 0.0)
-        return torch.where(self._greedy[index, None], only, x.log_softmax(1))
+        return torch.where(self._greedy[index, None], only, self._scaled(x, cuts[index], index).log_softmax(1))
 
     def process(self, logits: Tensor) -> Tensor:
         """The logits [B, vocab] of the distributions that the next tokens are drawn from, by now."""
+        x = self._changed(logits)
+        if not self._work or self._greedy_all:
+            return x
+        _, cuts = draw(x, *self._limits, torch.ones(len(x), dtype=torch.float64, device=x.device))
+        return self._scaled(_wide(x), cuts, torch.arange(len(x), device=x.device))
+
+    def _scaled(self, x: Tensor, cuts: Tensor, index: Tensor) -> Tensor:
+        heat = self._limits[0].masked_fill(self._greedy, 1.0).to(x.dtype)
+        return (x / heat[index, None]).masked_fill(x < cuts[:, None], -math.inf)
+
+    def _changed(self, logits: Tensor) -> Tensor:
+        """Logits with biases and penalties."""
         if self._device != logits.device:
             self._prepare(logits.device)
-        if not self._work:
+        if self._bias is None and not self._penalised:
             return logits
         x = _wide(logits)
         if self._bias is not None:
@@ -208,15 +189,6 @@ class Sampler:
         if self._penalised:
             x = repeat_penalty(x, self._in_prompt | (self._counts > 0), self._column("repetition_penalty"))
             x = count_penalty(x, self._counts, self._column("presence_penalty"), self._column("frequency_penalty"))
-        if self._greedy_all:
-            return x
-        x = x / self._column("temperature").masked_fill(self._greedy[:, None], 1.0)
-        if self._some("top_k", 0):
-            x = _above(x, top_k_threshold(x, self._column("top_k")))
-        if self._some("top_p", 1.0):
-            x = _above(x, top_p_threshold(x, self._column("top_p")))
-        if self._some("min_p", 0.0):
-            x = _above(x, min_p_threshold(x, self._column("min_p")))
         return x
 
     def _prepare(self, device: torch.device) -> None:
@@ -225,6 +197,13 @@ class Sampler:
         self._columns: dict[str, Tensor] = {}
         self._greedy = torch.tensor([row.settings.greedy for row in self._rows], device=device)
         self._greedy_all = bool(self._greedy.all())
+        heat, k, p, m = zip(
+            *((s.temperature, s.top_k, s.top_p, s.min_p) for s in (row.settings for row in self._rows)), strict=True
+        )
+        self._limits = (
+            torch.tensor(heat, dtype=torch.float32, device=device), torch.tensor(k, device=device),
+            torch.tensor(p, dtype=torch.float32, device=device), torch.tensor(m, dtype=torch.float32, device=device),
+        )  # fmt: skip
         neutral = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
         self._penalised = any(self._some(name, value) for name, value in neutral.items())
         self._bias: Tensor | None = None
@@ -261,10 +240,6 @@ class Sampler:
             values = [getattr(row.settings, name) for row in self._rows]
             self._columns[name] = torch.tensor(values, device=self._device)[:, None]
         return self._columns[name]
-
-
-def _above(logits: Tensor, threshold: Tensor) -> Tensor:
-    return logits.masked_fill(logits < threshold, -math.inf)
 
 
 def _wide(logits: Tensor) -> Tensor:

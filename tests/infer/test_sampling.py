@@ -8,14 +8,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 from transformers import generation
 
-from landmark.infer.sampling import (
-    Sampler,
-    Sampling,
-    draw,
-    min_p_threshold,
-    top_k_threshold,
-    top_p_threshold,
-)
+from landmark.infer.sampling import Sampler, Sampling
 
 V = 700
 
@@ -136,19 +129,6 @@ def test_draws_follow_the_distribution(settings: dict[str, float]) -> None:
     allowed = p > 0
     assert counts[~allowed].sum() == 0
     assert chisquare(counts[allowed].numpy(), (p[allowed] * n).numpy()).pvalue > 1e-3
-
-
-def test_draw_reads_the_cumulative_distribution() -> None:
-    x = torch.tensor([[0.0, -math.inf, math.log(2), math.log(1), -math.inf]]).repeat(5, 1)
-    u = torch.tensor([1e-12, 0.2499, 0.2501, 0.7499, 1.0], dtype=torch.float64)
-    assert draw(x, u).tolist() == [0, 0, 2, 2, 3]
-
-
-def test_ties_with_the_last_one_kept_stay() -> None:
-    x = torch.tensor([[2.0, 1.0, 1.0, 0.0]])
-    assert (x >= top_k_threshold(x, torch.tensor([[2]]))).tolist() == [[True, True, True, False]]
-    assert (x >= top_p_threshold(x, torch.tensor([[0.7]]))).tolist() == [[True, True, True, False]]
-    assert (x >= min_p_threshold(x, torch.tensor([[0.3]]))).tolist() == [[True, True, True, False]]
 
 
 def test_logprobs_of_model_and_of_what_was_drawn_from() -> None:

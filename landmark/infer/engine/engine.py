@@ -254,16 +254,15 @@ class Engine:
     def _say(self, runs: list[Run], logits: Tensor) -> None:
         """Draw the next token of these sequences from logits [runs, vocab], and pass it on."""
         self._sampler.arrange([run.row for run in runs])
-        tokens, processed = self._sampler.sample(self._guided(runs, logits))
-        chosen, likeliest = self._logprobs(runs, tokens, logits, processed)
-        broken = set((~logits.amax(1).isfinite()).nonzero().flatten().tolist())
+        tokens = self._sampler.sample(self._guided(runs, logits))
+        chosen, likeliest = self._logprobs(runs, tokens, logits)
         arrived: dict[Ticket, list[Event]] = {}
         for n, (run, token) in enumerate(zip(runs, tokens, strict=True)):
             ticket = run.ticket
             if ticket.closed:
                 continue
-            if n in broken or token >= self._sampler.vocab:
-                self._fail([ticket], BROKEN)
+            if token >= self._sampler.vocab:
+                self._fail([ticket], BROKEN if run.guide is None else f"its guide allows no token, or {BROKEN}")
                 continue
             run.tokens.append(token)
             if run.guide is not None:
@@ -292,7 +291,7 @@ class Engine:
         return logits
 
     def _logprobs(
-        self, runs: list[Run], tokens: list[int], logits: Tensor, processed: Tensor
+        self, runs: list[Run], tokens: list[int], logits: Tensor
     ) -> tuple[dict[int, float], dict[int, tuple[Scored, ...]]]:
         """By row: the log-probability of the chosen token, and the likeliest tokens with theirs."""
         chosen: dict[int, float] = {}
@@ -301,7 +300,7 @@ class Engine:
             rows = [n for n, run in enumerate(runs) if _wanted(run.ticket.request) == which]
             if not rows:
                 continue
-            table = self._sampler.log_distribution(logits, processed, rows, which)
+            table = self._sampler.log_distribution(logits, rows, which)
             picked = torch.tensor([min(tokens[n], table.shape[1] - 1) for n in rows], device=table.device)
             chosen |= zip(rows, table.gather(1, picked[:, None]).squeeze(1).tolist(), strict=True)
             tops = [runs[n].ticket.request.top for n in rows]

@@ -8,7 +8,7 @@ a fixed size a sequence has a slot. So attention, recurrences and any mixture of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,31 +45,34 @@ class Slots:
     def __init__(self, state: SlotState, count: int) -> None:
         self.state = state
         self._fresh = dict(state.tensors)
-        self._all = {name: lazy_zeros((count, *x.shape[1:]), x.dtype, x.device) for name, x in state.tensors.items()}
-        self._lenders = {x.untyped_storage().data_ptr(): name for name, x in self._all.items()}
+        self.all = {name: lazy_zeros((count, *x.shape[1:]), x.dtype, x.device) for name, x in state.tensors.items()}
 
     def gather(self, slots: Tensor | slice) -> None:
         """Some slots, in this order; as views, where they lie in order."""
-        self.state.tensors = {name: x[slots] for name, x in self._all.items()}
+        self.state.tensors = {name: x[slots] for name, x in self.all.items()}
 
-    def scatter(self, slots: Tensor | slice) -> None:
-        """What a mixer left may be what it was given (it was written in place), or what another name was given."""
+    def left(self, slots: Tensor | slice, lent: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        """What the mixer left that is not written in its place yet. It may be what another name was given (`lent`, by
+        where it is stored), which is then copied before anything is written."""
         found = {}
         for name, new in self.state.tensors.items():
-            lender = self._lenders.get(new.untyped_storage().data_ptr())
+            lender = lent.get(new.untyped_storage().data_ptr())
             if lender is None:
                 found[name] = new
-            elif lender != name or new.data_ptr() != self._all[name][slots].data_ptr():
+            elif lender is not self.all[name] or new.data_ptr() != lender[slots].data_ptr():
                 found[name] = new.clone()
-        for name, new in found.items():
-            self._all[name][slots] = new
+        return found
+
+    def write(self, slots: Tensor | slice, left: Mapping[str, Tensor]) -> None:
+        for name, new in left.items():
+            self.all[name][slots] = new
 
     def copy(self, source: int, target: int) -> None:
-        for x in self._all.values():
+        for x in self.all.values():
             x[target] = x[source]
 
     def clear(self, slot: int) -> None:
-        for name, x in self._all.items():
+        for name, x in self.all.items():
             x[slot] = self._fresh[name][0]
 
 
@@ -105,6 +108,7 @@ class Store:
             pages |= {id(leaf): leaf.paged(blocks) for leaf in pageable[sees]}
         self._state.layers = [_replaced(layer, pages) for layer in self._state.layers]
         self.slots = [Slots(leaf, plan.slots) for leaf in slotted]
+        self._lent = {x.untyped_storage().data_ptr(): x for slots in self.slots for x in slots.all.values()}
         self.slot_pool = Pool(plan.slots) if slotted else None
         self._lines = list(range(max_batch))[::-1]
         self.device = model.device
@@ -214,8 +218,9 @@ class Store:
 
     def commit(self, runs: Sequence[Run], counts: Sequence[int]) -> None:
         """The call of `bind` was made: remember what it computed, give back what has fallen out of windows."""
-        for slots in self.slots:
-            slots.scatter(self._bound)
+        left = [(slots, slots.left(self._bound, self._lent)) for slots in self.slots]
+        for slots, tensors in left:
+            slots.write(self._bound, tensors)
         for run, n in zip(runs, counts, strict=True):
             run.computed += n
             if self.prefixes:

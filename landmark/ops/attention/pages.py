@@ -57,7 +57,7 @@ class Pages(Bounds):
     def gather(self, pool: Tensor) -> Tensor:
         """[blocks, heads, size, d] -> [1, width, heads, d]."""
         _, heads, size, d = pool.shape
-        if not pool.is_cpu or SOURCE.why_not() is not None:
+        if not pool.is_cpu or not pool.is_contiguous() or SOURCE.why_not() is not None:
             held = pool.index_select(0, self.blocks.to(pool.device))
             return held.transpose(1, 2).reshape(1, self.width, heads, d)
         out = pool.new_empty(heads, self.width, d)
@@ -69,6 +69,8 @@ class Pages(Bounds):
 
 def put(pool: Tensor, x: Tensor, block: Tensor, offset: Tensor) -> None:
     """pool[block[t], :, offset[t]] = x[t], for x [tokens, heads, d]; no gradient."""
+    if not pool.numel():
+        return
     if not pool.is_cpu or x.stride(2) != 1 or x.dtype != pool.dtype or SOURCE.why_not() is not None:
         pool[block, :, offset] = x
         return
