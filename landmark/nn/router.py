@@ -100,7 +100,7 @@ class SoftmaxTopK(Router):
     largest scores can be chosen (DeepSeek-V2, 2024, sec. 2.2.2: a group is a device).
 
     Losses: `balance` weighs that of experts (1 for an even load; transformers' is `active` times as large and mixes the
-    layers), `group_balance` that of groups (DeepSeekMoE, Dai et al. 2024, eq. 15-17), `communication` that of the tokens
+    layers), `group_balance` that of groups (DeepSeekMoE, 2024, eq. 15-17), `communication` that of the tokens
     sent to each group (DeepSeek-V2, eq. 29-31), `z` the router z-loss. Groups limit nothing where all are active.
     """
 

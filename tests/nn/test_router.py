@@ -121,7 +121,7 @@ def test_gshard(factor: float, random_second: bool) -> None:
     routing = router(x, ctx)
     torch.manual_seed(3)
     draws = torch.rand(23, dtype=torch.float64) if random_second else None
-    logits = (x @ router.linear.weight.T).detach()
+    logits = (x @ router.linear.weight.detach().T).detach()
     gates, aux, dropped = gshard(logits.softmax(-1).detach(), math.ceil(factor * 2 * 23 / 5), draws)
     for t in range(23):
         found = {e: w for e, w in zip(routing.experts[t].tolist(), routing.weights[t].tolist(), strict=True) if e >= 0}
@@ -139,7 +139,7 @@ def test_gshard(factor: float, random_second: bool) -> None:
 def test_switch(factor: float) -> None:
     router, x, ctx = made(Switch.Config(capacity_factor=factor, jitter=0.0, balance=1.0), 4, 1), tokens(30), context(30)
     routing = router(x, ctx)
-    p, used, capacity = (x @ router.linear.weight.T).softmax(-1), [0] * 4, math.ceil(factor * 30 / 4)
+    p, used, capacity = (x @ router.linear.weight.detach().T).softmax(-1), [0] * 4, math.ceil(factor * 30 / 4)
     for t in range(30):
         e = int(p[t].argmax())
         assert routing.experts[t, 0] == (e if used[e] < capacity else -1)
@@ -153,7 +153,9 @@ def test_jitter_is_of_training_only() -> None:
     router, x = made(Switch.Config(jitter=0.5), 4, 1), tokens(30)
     assert not torch.equal(router(x, None).weights, router(x, None).weights)
     router.eval()
-    assert torch.equal(router(x, None).weights, (x @ router.linear.weight.T).softmax(-1).amax(-1, keepdim=True))
+    assert torch.equal(
+        router(x, None).weights, (x @ router.linear.weight.detach().T).softmax(-1).amax(-1, keepdim=True)
+    )
 
 
 # Softmax: Mixtral, Qwen3-MoE, DeepSeekMoE, DeepSeek-V2
@@ -218,7 +220,7 @@ def test_deepseek_moe_losses() -> None:
     cfg = SoftmaxTopK.Config(renormalise=False, groups=4, active_groups=4, balance=0.5, group_balance=0.25, z=0.125)
     router, x, ctx = made(cfg, 8, 2), tokens(17), context(10, 7)
     routing = router(x, ctx)
-    logits = (x @ router.linear.weight.T).detach()
+    logits = (x @ router.linear.weight.detach().T).detach()
     s = logits.softmax(-1)
     f = [8 / (2 * 17) * sum(i in row for row in routing.experts.tolist()) for i in range(8)]
     p = [float(s[:, i].mean()) for i in range(8)]
@@ -235,7 +237,7 @@ def test_communication_loss() -> None:
     """DeepSeek-V2, eq. 29-31: three experts of twelve, in two of four groups."""
     cfg = SoftmaxTopK.Config(renormalise=False, groups=4, active_groups=2, communication=0.5)
     router, x, ctx = made(cfg, 12, 3), tokens(19), context(19)
-    routing, s = router(x, ctx), (x @ router.linear.weight.T).softmax(-1).detach()
+    routing, s = router(x, ctx), (x @ router.linear.weight.detach().T).softmax(-1).detach()
     total = 0.0
     for d in range(4):
         sent = sum(any(e // 3 == d for e in row) for row in routing.experts.tolist())
@@ -247,7 +249,7 @@ def test_communication_loss() -> None:
 def test_figures() -> None:
     router, x, ctx = made(SoftmaxTopK.Config(), 4, 2), tokens(10), context(10)
     counts = torch.bincount(router(x, ctx).experts.flatten(), minlength=4)
-    s = (x @ router.linear.weight.T).softmax(-1)
+    s = (x @ router.linear.weight.detach().T).softmax(-1)
     assert float(said(ctx, "router_load")) == pytest.approx(float(counts.max() / 5))
     assert float(said(ctx, "router_entropy")) == pytest.approx(float(-(s * s.log()).sum(-1).mean()))
     assert not ctx.reports.losses
@@ -283,7 +285,7 @@ def test_sequence_balance() -> None:
     """2412.19437, eq. 17-20: of each sequence by itself, averaged over tokens."""
     lengths, active, experts = (9, 1, 5), 2, 6
     router, x, ctx = made(SigmoidTopK.Config(balance=0.5), experts, active), tokens(15), context(*lengths)
-    routing, s = router(x, ctx), (x @ router.linear.weight.T).sigmoid()
+    routing, s = router(x, ctx), (x @ router.linear.weight.detach().T).sigmoid()
     total, at = 0.0, 0
     for n in lengths:
         chosen, share = routing.experts[at : at + n].tolist(), s[at : at + n] / s[at : at + n].sum(-1, keepdim=True)
@@ -320,7 +322,7 @@ def test_the_bias_steers_the_choice_alone() -> None:
     assert isinstance(router, SigmoidTopK)
     router.bias[3] = 10.0
     routing = router(x, None)
-    scores = (x @ router.linear.weight.T).sigmoid()
+    scores = (x @ router.linear.weight.detach().T).sigmoid()
     assert (routing.experts == 3).any(-1).all()
     torch.testing.assert_close(routing.weights, scores.gather(-1, routing.experts))
 
