@@ -32,6 +32,7 @@ from .base import Init, Unfilled
 from .decoder import Decoder
 
 MOST_LAYERS = 10_000
+NONE = "none"  # in place of a feed-forward
 Parts = Mapping[str, Mapping[str, Any] | ModuleConfig]
 
 
@@ -84,6 +85,11 @@ def _attention(s: Sizes, **more: Any) -> dict[str, Any]:
     return {"heads": s.heads, "kv_heads": s.kv_heads, "head_dim": s.head_dim, "rope": Rope.Config(), **more}
 
 
+def _latent(s: Sizes) -> dict[str, Any]:
+    d = s.head_dim
+    return {"heads": s.heads, "head_dim": d, "v_dim": d, "rope_dim": d // 2, "kv_rank": 4 * d}
+
+
 def _moe(s: Sizes) -> dict[str, Any]:
     from ..nn.router import SoftmaxTopK
 
@@ -109,6 +115,9 @@ def _segments(s: Sizes) -> dict[str, Any]:
 MIXERS: Mapping[str, Part] = {
     "attention": Part("attention", "Attention", _attention),
     "window": Part("attention", "Attention", lambda s: _attention(s, window=512)),
+    "latent": Part("latent", "LatentAttention", _latent),
+    "mamba": Part("mamba", "Mamba", ffn=NONE),
+    "mamba2": Part("mamba2", "Mamba2", lambda s: {"heads": 2 * s.heads, "head_dim": s.head_dim}, ffn=NONE),
     "ttt": Part("ttt", "TTTLinear", lambda s: {"heads": s.heads}),
     "ttt-mlp": Part("ttt", "TTTMLP", lambda s: {"heads": s.heads}),
     "memory": Part("neural_memory", "NeuralMemory", lambda s: {"heads": s.heads}),
@@ -123,7 +132,6 @@ FFNS: Mapping[str, Part] = {
     "moe": Part("moe", "MoE", _moe),
     "peer": Part("peer", "PEER", lambda s: {"experts": 128 * 128}),
 }
-NONE = "none"
 
 
 def pattern(

@@ -19,6 +19,7 @@ from landmark.models.inspect import figures
 from landmark.models.pattern import FFNS, MIXERS, Pattern, parse, pattern
 from landmark.nn.attention import Attention
 from landmark.nn.bitlinear import BitLinear
+from landmark.transforms.bitnet import bitnet, pack_ternary
 from landmark.weights.checkpoint import describe
 
 from .families import check_decoding, check_packing
@@ -39,6 +40,8 @@ PATTERNS = [
     "2*(2*window + attention)/moe",
     "ttt/peer + window/none + attention",
     "3*window + titans",
+    "3*mamba2 + attention",
+    "(mamba + latent)/moe",
 ]
 
 
@@ -163,6 +166,18 @@ def test_trains_decodes_and_is_saved(text: str, tmp_path: Path) -> None:
         assert back.cfg == model.cfg and torch.equal(back(TOKENS), full)
     costs = figures(model, context=64)
     assert 0 < costs.active <= costs.parameters and costs.cache is not None
+
+
+@pytest.mark.parametrize("text", [*MIXERS, "attention/peer", "attention/moe"])
+@torch.no_grad()
+def test_ternary_decodes_and_packs(text: str) -> None:
+    """No mixer passes by what stands for its linear maps."""
+    model = bitnet(made(text).eval())
+    full, state = model(TOKENS[:1]), model.new_state(1, 23)
+    steps = [model(TOKENS[:1, :9], state=state)] + [model(TOKENS[:1, t : t + 1], state=state) for t in range(9, 23)]
+    # a number that lies halfway between two of 8 bits may be rounded either way
+    torch.testing.assert_close(torch.cat(steps, 1), full, rtol=0, atol=0.02 * full.abs().max().item())
+    torch.testing.assert_close(pack_ternary(model)(TOKENS[:1]), full)
 
 
 def test_ternary() -> None:
