@@ -14,7 +14,7 @@ from ..weights.rules import Rename, Rule
 from .decoder import Decoder
 from .llama import attention, decoder, glu, rms_norm, size
 from .llama import rules as llama_rules
-from .mamba import mixer_rules
+from .mamba import mixer_rules, rank
 from .moe_keys import PROJECTIONS, balance, expert_rules
 from .registry import Family, Keys, register
 
@@ -34,12 +34,11 @@ def attends(keys: Keys) -> list[bool]:
 
 
 def mamba(keys: Keys) -> Mamba.Config:
-    rank = keys.get("mamba_dt_rank", "auto")
     return Mamba.Config(
         expand=keys.get("mamba_expand", 2),
         state=keys.get("mamba_d_state", 16),
         conv=keys.get("mamba_d_conv", 4),
-        rank=None if rank == "auto" else rank,
+        rank=rank(keys, "mamba_dt_rank"),
         bias=keys.get("mamba_proj_bias", False),
         conv_bias=keys.get("mamba_conv_bias", True),
         norm=rms_norm(keys),

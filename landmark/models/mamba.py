@@ -13,6 +13,12 @@ from .decoder import Decoder
 from .registry import Family, Keys, register
 
 
+def rank(keys: Keys, key: str) -> int:
+    """How many numbers say the steps; "auto" is a sixteenth of the width."""
+    said, auto = keys.get(key, "auto"), -(-keys["hidden_size"] // 16)
+    return auto if said == "auto" else int(said)
+
+
 def steps(keys: Keys) -> StepInit:
     """How step sizes begin."""
     keys.inert("time_step_scale", "time_step_init_scheme", "rescale_prenorm_residual")
@@ -41,12 +47,11 @@ def decoder(keys: Keys, mixer: Mamba.Config | Any, *, tied: bool) -> Decoder.Con
 
 
 def config(keys: Keys) -> Decoder.Config:
-    rank = keys.get("time_step_rank", "auto")
     mixer = Mamba.Config(
         expand=keys.get("expand", 2),
         state=keys.get("state_size", 16),
         conv=keys.get("conv_kernel", 4),
-        rank=None if rank == "auto" else rank,
+        rank=rank(keys, "time_step_rank"),
         bias=keys.get("use_bias", False),
         conv_bias=keys.get("use_conv_bias", True),
         steps=steps(keys),
