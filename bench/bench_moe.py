@@ -37,7 +37,7 @@ SMALL = COMMON | {
 SHAPES: dict[str, dict[str, Any]] = {
     "few, tiny": TINY | FEW | {"intermediate_size": 512},
     "few, 113m": SMALL | FEW | {"intermediate_size": 1024},
-    "many, 118m": SMALL | MANY | {"intermediate_size": 1024, "moe_intermediate_size": 128},
+    "many, 113m": SMALL | MANY | {"intermediate_size": 1024, "moe_intermediate_size": 128},
 }
 
 

@@ -31,6 +31,24 @@ EXACT = {
 }
 
 
+CACHE = {"mixtral-8x7b": 131_072, "llama4-scout": 196_608}  # bytes per token in bfloat16, within the first chunk
+HUB = {  # what the files on the hub say besides
+    "mixtral-8x7b": {
+        "hidden_act": "silu", "attention_dropout": 0.0, "output_router_logits": False, "router_aux_loss_coef": 0.02,
+        "sliding_window": None, "transformers_version": "4.36.0.dev0", "use_cache": True, "torch_dtype": "bfloat16",
+    },
+    "qwen3-30b-a3b": {
+        "attention_bias": False, "max_window_layers": 48, "mlp_only_layers": [], "output_router_logits": False,
+        "rope_scaling": None, "router_aux_loss_coef": 0.001, "sliding_window": None, "use_sliding_window": False,
+    },
+    "llama4-scout": {
+        "attn_scale": 0.1, "attn_temperature_tuning": True, "floor_scale": 8192, "for_llm_compressor": False,
+        "cache_implementation": "hybrid", "interleave_moe_layer_step": 1, "moe_layers": list(range(48)),
+        "no_rope_layers": [1, 1, 1, 0] * 12, "router_jitter_noise": 0.0, "use_qk_norm": True,
+    },
+}  # fmt: skip
+
+
 def rounded(value: int, like: str) -> str:
     digits, exponent = like.split("e")
     places = len(digits.partition(".")[2])
@@ -59,3 +77,19 @@ def test_beside_transformers(name: str) -> None:
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) == EXACT[name]
     assert family.read({**config.to_diff_dict(), "architectures": hf["architectures"]}) == ours.cfg
     assert family is families()[hf["architectures"][0]] and family.rules(Keys(hf))
+
+
+@pytest.mark.parametrize("name", CACHE)
+def test_cache_bytes(name: str) -> None:
+    assert figures(meta(name)[1], context=100).cache_per_token == CACHE[name]
+
+
+def test_chunks_bound_the_cache() -> None:
+    """Beyond a chunk, only Scout's twelve layers that see everything keep more."""
+    assert figures(meta("llama4-scout")[1], context=8192).cache_growth == 196_608 // 4
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_the_hubs_files_read_as_the_published_size(name: str) -> None:
+    family, _, hf = meta(name)
+    assert family.read({**hf, **HUB[name]}) == family.read(hf)
