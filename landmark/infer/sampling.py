@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..ops.draw import draw
+from .penalties import Histories, History
 
 BROKEN = "the model's logits are not numbers (NaN); its weights are broken or overflow in this dtype"
 Logprobs = Literal["model", "sampled"]  # before all of the above, or of the distribution that was drawn from
@@ -80,16 +81,6 @@ def _whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def repeat_penalty(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
-    """logits [B, V], `seen` [B, V] (bool: in the prompt or the answer), penalty [B, 1]."""
-    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
-
-
-def count_penalty(logits: Tensor, counts: Tensor, presence: Tensor, frequency: Tensor) -> Tensor:
-    """logits [B, V], `counts` [B, V] of the answer's tokens, presence and frequency [B, 1]."""
-    return logits - (counts > 0) * presence - counts * frequency
-
-
 @dataclass(eq=False)
 class Row:
     """What one request's next token depends on besides the logits: settings, history, random numbers."""
@@ -98,6 +89,12 @@ class Row:
     prompt: Sequence[int]
     random: random.Random
     answer: list[int] = field(default_factory=list)
+    history: History | None = None  # for penalties
+
+    @property
+    def penalties(self) -> tuple[float, float, float]:
+        s = self.settings
+        return s.repetition_penalty, s.presence_penalty, s.frequency_penalty
 
     @classmethod
     def of(cls, settings: Sampling, prompt: Sequence[int], vocab: int) -> Row:
@@ -119,8 +116,6 @@ class Sampler:
         self._device: torch.device | None = None
         self._limits: tuple[Tensor, Tensor, Tensor, Tensor]
         self._last: tuple[Tensor, Tensor]  # what was drawn from, and where it was cut
-        self._in_prompt = self._counts = torch.empty(0)
-        self._kept: dict[Row, int] = {}  # rows whose histories the tensors hold, and where
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep the requests `rows`, in this order."""
@@ -150,8 +145,8 @@ class Sampler:
         tokens: list[int] = picked.tolist()
         for row, token in zip(self._rows, tokens, strict=True):
             row.answer.append(token)
-        if self._penalised:
-            self._counts[torch.arange(len(tokens), device=x.device), picked.clamp(max=self.vocab - 1)] += 1
+        if self._histories is not None:
+            self._histories.add(tokens)
         return tokens
 
     def log_distribution(self, logits: Tensor, rows: Sequence[int], which: Logprobs) -> Tensor:
@@ -181,65 +176,42 @@ class Sampler:
         """Logits with biases and penalties."""
         if self._device != logits.device:
             self._prepare(logits.device)
-        if self._bias is None and not self._penalised:
+        if self._bias is None and self._histories is None:
             return logits
         x = _wide(logits)
+        if x is logits:
+            x = x.clone()
         if self._bias is not None:
-            x = x + self._bias
-        if self._penalised:
-            x = repeat_penalty(x, self._in_prompt | (self._counts > 0), self._column("repetition_penalty"))
-            x = count_penalty(x, self._counts, self._column("presence_penalty"), self._column("frequency_penalty"))
+            x += self._bias
+        if self._histories is not None:
+            self._histories.penalise(x)
         return x
 
     def _prepare(self, device: torch.device) -> None:
-        """Settings and histories as tensors; again whenever requests leave."""
-        self._device, shape = device, (len(self._rows), self.vocab)
-        self._columns: dict[str, Tensor] = {}
-        self._greedy = torch.tensor([row.settings.greedy for row in self._rows], device=device)
-        self._greedy_all = bool(self._greedy.all())
-        heat, k, p, m = zip(
-            *((s.temperature, s.top_k, s.top_p, s.min_p) for s in (row.settings for row in self._rows)), strict=True
-        )
+        """Settings and histories as tensors; again whenever requests come or leave."""
+        self._device = device
+        settings = [row.settings for row in self._rows]
+        self._greedy = torch.tensor([s.greedy for s in settings], device=device)
+        self._greedy_all = all(s.greedy for s in settings)
+        heat, k, p, m = zip(*((s.temperature, s.top_k, s.top_p, s.min_p) for s in settings), strict=True)
         self._limits = (
             torch.tensor(heat, dtype=torch.float32, device=device), torch.tensor(k, device=device),
             torch.tensor(p, dtype=torch.float32, device=device), torch.tensor(m, dtype=torch.float32, device=device),
         )  # fmt: skip
-        neutral = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-        self._penalised = any(self._some(name, value) for name, value in neutral.items())
         self._bias: Tensor | None = None
-        if any(row.settings.logit_bias for row in self._rows):
-            self._bias = torch.zeros(shape, device=device)
-            for n, row in enumerate(self._rows):
-                for token, bias in row.settings.logit_bias.items():
+        if any(s.logit_bias for s in settings):
+            self._bias = torch.zeros(len(settings), self.vocab, device=device)
+            for n, s in enumerate(settings):
+                for token, bias in s.logit_bias.items():
                     self._bias[n, token] = bias
-        if self._penalised:
-            self._recount(shape, device)
-        else:
-            self._kept = {}
-        self._work = self._penalised or self._bias is not None or not self._greedy_all
-
-    def _recount(self, shape: tuple[int, int], device: torch.device) -> None:
-        """Histories as tensors [B, V]: those that were there move, new ones are counted."""
-        in_prompt, counts = torch.zeros(shape, dtype=torch.bool, device=device), torch.zeros(shape, device=device)
-        for n, row in enumerate(self._rows):
-            if (before := self._kept.get(row)) is not None:
-                in_prompt[n], counts[n] = self._in_prompt[before], self._counts[before]
-                continue
-            in_prompt[n, torch.tensor(row.prompt, dtype=torch.long, device=device)] = True
-            said = torch.tensor(row.answer, dtype=torch.long, device=device)
-            counts[n].index_add_(0, said, torch.ones(len(said), device=device))
-        self._in_prompt, self._counts = in_prompt, counts
-        self._kept = {row: n for n, row in enumerate(self._rows)}
-
-    def _some(self, name: str, neutral: float) -> bool:
-        return any(getattr(row.settings, name) != neutral for row in self._rows)
-
-    def _column(self, name: str) -> Tensor:
-        """[B, 1]: one setting of all requests."""
-        if name not in self._columns:
-            values = [getattr(row.settings, name) for row in self._rows]
-            self._columns[name] = torch.tensor(values, device=self._device)[:, None]
-        return self._columns[name]
+        self._histories: Histories | None = None
+        if penalised := [n for n, row in enumerate(self._rows) if row.penalties != (1.0, 0.0, 0.0)]:
+            rows = [self._rows[n] for n in penalised]
+            histories = [row.history or History(row.prompt, row.answer) for row in rows]
+            for row, history in zip(rows, histories, strict=True):
+                row.history = history
+            self._histories = Histories(penalised, histories, [row.penalties for row in rows])
+        self._work = self._histories is not None or self._bias is not None or not self._greedy_all
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -104,6 +104,7 @@ class Run:
         self.line = self.slot = -1
         self.tables: list[list[int]] = []
         self.gone: list[int] = []
+        self.covered = 0  # tokens that the blocks have room for
         self.node: Node | None = None
         self.depth = 0
         self.branch = 0  # where other texts leave this one: a place to keep a state

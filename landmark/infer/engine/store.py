@@ -153,9 +153,9 @@ class Store:
 
     def reserve(self, run: Run, length: int) -> bool:
         """Blocks for the first `length` tokens of a sequence; False, and nothing is taken, if there are too few."""
-        lacking = [self._lacking(run, g, length) for g in range(len(self.groups))]
-        if not any(lacking):
+        if length <= run.covered:
             return True
+        lacking = [self._lacking(run, g, length) for g in range(len(self.groups))]
         if any(n > group.pool.available for n, group in zip(lacking, self.groups, strict=True)):
             return False
         for g, (n, group) in enumerate(zip(lacking, self.groups, strict=True)):
@@ -164,6 +164,7 @@ class Store:
                 number = group.pool.take()
                 group.tables[run.line, len(table)] = number
                 table.append(number)
+        run.covered = -(-length // self.block) * self.block
         return True
 
     def _lacking(self, run: Run, g: int, length: int) -> int:
@@ -187,7 +188,7 @@ class Store:
         for table, group in zip(run.tables, self.groups, strict=True):
             for number in reversed(table):  # texts are forgotten from their ends
                 group.pool.release(number)
-        run.tables, run.gone, run.computed = [], [], 0
+        run.tables, run.gone, run.computed, run.covered = [], [], 0, 0
 
     # -- one call of the model -------------------------------------------------------------------------------------
 
