@@ -46,8 +46,8 @@ def our_step(hf: dict[str, Any], dtype: torch.dtype, tokens: torch.Tensor) -> Ca
     torch.manual_seed(0)
     model = landmark.build(hf).to(dtype).train()
     opt, objective = optimizer(model.parameters()), CausalLM()
-    targets = torch.cat([tokens[:, 1:], torch.full((BATCH, 1), -100)], 1)
-    positions = torch.arange(LENGTH).expand(BATCH, -1)
+    targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     batch = Batch(tokens=tokens, targets=targets, positions=positions, segments=torch.ones_like(tokens))
 
     def step() -> float:
