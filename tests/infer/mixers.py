@@ -12,6 +12,8 @@ from landmark.ctx import Ctx
 from landmark.nn.attention import Attention
 from landmark.nn.cache import SlotState
 from landmark.nn.linear import Linear
+from landmark.nn.mamba import Mamba
+from landmark.nn.mamba2 import Mamba2
 from landmark.nn.neural_memory import NeuralMemory
 from landmark.nn.persistent import PersistentAttention
 from landmark.nn.rope import Rope
@@ -60,6 +62,8 @@ MEMORY = NeuralMemory.Config(heads=2, chunk=4)
 MIXERS: dict[str, tuple[ModuleConfig, ...]] = {  # of the layers, in turn
     "recurrence": (Decay.Config(),),
     "recurrence and attention": (Decay.Config(), ATTENTION),
+    "mamba": (Mamba.Config(state=4),),
+    "mamba-2 and attention": (Mamba2.Config(heads=4, head_dim=16, state=8, chunk=8), ATTENTION),
     "test-time training": (TTTLinear.Config(heads=2, batch=4),),
     "memory": (MEMORY,),
     "memory as gate": (MemoryAsGate.Config(attention=ATTENTION, memory=MEMORY),),
