@@ -1,10 +1,12 @@
 """The engine: its own cost a step, many requests at once beside transformers, and the start after a shared beginning.
 
-    python bench/bench_engine.py [--only overhead,concurrent,prefix] [--shape tiny|100m|llama-1.2b] [--rounds 3] [--json]
+    python bench/bench_engine.py [--only overhead,concurrent,prefix] [--shape tiny|100m|llama-1.2b] [--rounds 3]
+        [--requests 64] [--tokens 64] [--json]
 
 overhead    processor time of a step that is not the model's, for a tiny model, on one thread; the aim is 1 ms + 10 us a
             running sequence
-concurrent  64 requests of 16 to 128 prompt tokens, 64 new ones each, greedy: transformers' generate_batch, ours, in turn
+concurrent  so many requests of 16 to 128 prompt tokens and as many new ones each as told, greedy, all at once:
+            transformers' generate_batch and ours, in turn
 prefix      time to the first token of a prompt of 2048 + 16 tokens: new, and when its first 2048 were read before
 """
 
@@ -90,7 +92,7 @@ def overhead(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def concurrent(shape: str, rounds: int, requests: int = 64, tokens: int = 64) -> list[dict[str, Any]]:
+def concurrent(shape: str, rounds: int, requests: int, tokens: int) -> list[dict[str, Any]]:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     dtype, _ = SIZES[shape]
@@ -149,13 +151,15 @@ def main() -> None:
     parser.add_argument("--only", default="overhead,concurrent,prefix")
     parser.add_argument("--shape", default="100m", choices=SIZES)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     wanted = args.only.split(",")
     if "overhead" in wanted:
         show(overhead(args.rounds), args.json)
     if "concurrent" in wanted:
-        show(concurrent(args.shape, args.rounds), args.json)
+        show(concurrent(args.shape, args.rounds, args.requests, args.tokens), args.json)
     if "prefix" in wanted:
         show(prefix(args.shape, args.rounds), args.json)
 
