@@ -214,6 +214,7 @@ class Ctx:
     memory: Memory | None = None
     relative: Relative | None = None
     reports: Reports = field(default_factory=Reports)
+    shared: dict[str, Tensor] = field(default_factory=dict)  # what a layer tells the later ones of this pass
     _memo: dict[Hashable, Any] = field(default_factory=dict)
 
     def memo(self, key: Hashable, make: Callable[[], T_]) -> T_:

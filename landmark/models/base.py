@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,14 @@ def materialise(make: Callable[[], M], init: Init) -> M:
     return model
 
 
+@runtime_checkable
+class Staged(Protocol):
+    """A module that begins otherwise near the input of a model than near its output."""
+
+    def reset_at(self, layer: int, layers: int) -> None:
+        """Initialise what is in it, as number `layer` of the `layers` of its kind."""
+
+
 @torch.no_grad()
 def init_weights(model: nn.Module, init: Init) -> None:
     """Initialise every parameter in place."""
@@ -115,8 +123,15 @@ def init_weights(model: nn.Module, init: Init) -> None:
             reset = getattr(module, "reset_parameters", None)
             if reset is not None:
                 reset()
-            elif next(module.parameters(recurse=False), None) is not None:
+            elif next(module.parameters(recurse=False), None) is not None and not isinstance(module, Staged):
                 raise TypeError(f"{type(module).__name__} has parameters but no reset_parameters()")
+    kinds: dict[type, list[Staged]] = {}
+    for module in model.modules():
+        if isinstance(module, Staged):
+            kinds.setdefault(type(module), []).append(module)
+    for same in kinds.values():
+        for layer, staged in enumerate(same):
+            staged.reset_at(layer, len(same))
 
 
 def residual_ends(model: nn.Module) -> set[nn.Module]:
