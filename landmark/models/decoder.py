@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..ctx import Ctx
 from ..nn.embedding import Head
+from ..nn.mtp import DraftsConfig
 from ..ops.loss import CrossEntropy
 from .backbone import Backbone
 from .base import materialise
@@ -17,6 +19,7 @@ class Decoder(Backbone):
 
     class Config(Backbone.Config):
         head: Head.Config
+        drafts: DraftsConfig | None = None  # modules that foretell further tokens
 
         def build(self) -> Decoder:
             return materialise(lambda: Decoder(self), self.init)
@@ -25,10 +28,22 @@ class Decoder(Backbone):
         super().__init__(cfg)
         self.cfg: Decoder.Config = cfg
         self.head = cfg.head.build(cfg.dim)
+        self.drafts = cfg.drafts.build(cfg.dim) if cfg.drafts else None
 
     def forward(self, tokens: Tensor, **where: Any) -> Tensor:
         """Logits [B, T, vocab] of tokens [B, T]; keywords as in `hidden`."""
         return self.logits(self.hidden(tokens, **where))
+
+    def hidden_and_drafts(self, tokens: Tensor, ctx: Ctx) -> tuple[Tensor, list[Tensor]]:
+        """Hidden states [B, T, dim] for the next token, and those of each draft for the tokens after it."""
+        assert self.drafts is not None, "this model has no drafts"
+        read: list[Tensor] = []
+        hook = self.layers[-1].register_forward_pre_hook(lambda _, given: read.append(given[0]))
+        try:
+            hidden = self.hidden(tokens, ctx=ctx)
+        finally:
+            hook.remove()
+        return hidden, self.drafts(hidden, read[0], tokens, self.embed, ctx)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., dim] -> [..., vocab]."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection
 from typing import Any
 
+from ..config import ModelConfig
 from ..nn.latent import LatentAttention
 from ..nn.moe import MoE
+from ..nn.mtp import SequentialDrafts
 from ..nn.rope_scaling import YaRN, yarn_mscale
 from ..nn.router import RouterConfig, SigmoidTopK, SoftmaxTopK
 from ..weights.rules import Drop, Rename, Rule
 from .decoder import Decoder
 from .llama import NORMS, decoder, glu, pre_norm, rms_norm, size
 from .llama import rules as llama_rules
-from .moe_keys import FFN, MLP, expert_rules
+from .moe_keys import expert_rules
 from .registry import Family, Keys, register
 from .rope_keys import rope
 
@@ -43,7 +47,11 @@ def model(keys: Keys, attn: LatentAttention.Config, router: RouterConfig, first_
     keys.fixed("moe_layer_freq", 1)
     keys.inert("pretraining_tp", "aux_loss_alpha", "seq_aux", "ep_size", "output_router_logits")
     layers = [pre_norm(attn, dense if i < first_dense else experts, norm) for i in range(keys["num_hidden_layers"])]
-    return decoder(keys, layers)
+    whole, depth = decoder(keys, layers), keys.get("num_nextn_predict_layers", keys.get("num_mtp_layers", 0))
+    if not depth:
+        return whole
+    drafts = SequentialDrafts.Config(depth=depth, layer=pre_norm(attn, experts, norm), norm=norm)
+    return dataclasses.replace(whole, drafts=drafts)
 
 
 def config_v2(keys: Keys) -> Decoder.Config:
@@ -68,26 +76,46 @@ def config_v3(keys: Keys) -> Decoder.Config:
         renormalise=keys.get("norm_topk_prob", True), scale=float(keys.get("routed_scaling_factor", 2.5)),
         groups=keys.get("n_group", 8), active_groups=keys.get("topk_group", 4),
     )  # fmt: skip
-    keys.inert("num_nextn_predict_layers", "num_mtp_layers")
     interleaved = keys.get("rope_interleave", True)
     return model(keys, latent(keys, interleaved=interleaved), router, keys.get("first_k_dense_replace", 3))
 
 
-def rules(keys: Keys) -> list[Rule]:
-    theirs, ours = "model.layers.{i}.self_attn.", "layers.{i}.attn.fn."
+def fitted(config: ModelConfig, names: Collection[str]) -> ModelConfig:
+    """Files may lack the modules that foretell further tokens, whatever config.json says."""
+    assert isinstance(config, Decoder.Config)
+    there = any(name.endswith(".eh_proj.weight") for name in names)
+    return config if there or config.drafts is None else dataclasses.replace(config, drafts=None)
+
+
+def layer_rules(keys: Keys, theirs: str, ours: str) -> list[Rule]:
+    """One layer, or with {i} every one."""
     names = {
-        "q_proj": "q", "q_a_proj": "q_down", "q_a_layernorm": "q_norm", "q_b_proj": "q_up",
-        "kv_a_proj_with_mqa": "kv_down", "kv_a_layernorm": "kv_norm", "kv_b_proj": "kv_up",
+        "self_attn.q_proj": "attn.fn.q", "self_attn.q_a_proj": "attn.fn.q_down",
+        "self_attn.q_a_layernorm": "attn.fn.q_norm", "self_attn.q_b_proj": "attn.fn.q_up",
+        "self_attn.kv_a_proj_with_mqa": "attn.fn.kv_down", "self_attn.kv_a_layernorm": "attn.fn.kv_norm",
+        "self_attn.kv_b_proj": "attn.fn.kv_up", "self_attn.o_proj": "attn.fn.out", **NORMS,
+        **{f"mlp.shared_experts.{name}_proj": f"ffn.fn.shared.{name}" for name in ("gate", "up", "down")},
+        **{f"mlp.{name}_proj": f"ffn.fn.{name}" for name in ("gate", "up", "down")},
     }  # fmt: skip
-    beyond = f"model.layers.{keys['num_hidden_layers']}."  # modules that predict further tokens
     return [
-        Drop(beyond),
         *(Rename(f"{theirs}{name}.", f"{ours}{own}.") for name, own in names.items()),
-        Rename(f"{MLP}gate.e_score_correction_bias", f"{FFN}router.bias"),
-        *expert_rules(keys["n_routed_experts"]),
-        *(Rename(f"{MLP}shared_experts.{name}_proj.", f"{FFN}shared.{name}.") for name in ("gate", "up", "down")),
-        *llama_rules(keys, norms=NORMS),
+        Rename(f"{theirs}mlp.gate.e_score_correction_bias", f"{ours}ffn.fn.router.bias"),
+        *expert_rules(keys["n_routed_experts"], theirs=f"{theirs}mlp.", ours=f"{ours}ffn.fn."),
     ]
+
+
+def rules(keys: Keys) -> list[Rule]:
+    found: list[Rule] = []
+    for k in range(keys.get("num_nextn_predict_layers", keys.get("num_mtp_layers", 0))):
+        theirs, ours = f"model.layers.{keys['num_hidden_layers'] + k}.", f"drafts.steps.{k}."
+        names = {"enorm": "embed_norm", "hnorm": "hidden_norm", "eh_proj": "project", "shared_head.norm": "norm"}
+        found += [
+            Drop(f"{theirs}embed_tokens.weight", same_as="model.embed_tokens.weight"),
+            Drop(f"{theirs}shared_head.head.weight", same_as="lm_head.weight"),
+            *(Rename(f"{theirs}{name}.", f"{ours}{own}.") for name, own in names.items()),
+            *layer_rules(keys, theirs, f"{ours}layer."),
+        ]
+    return [*found, *layer_rules(keys, "model.layers.{i}.", "layers.{i}."), *llama_rules(keys)]
 
 
 def published(**own: Any) -> dict[str, Any]:
@@ -123,6 +151,6 @@ register(
 register(
     Family(
         name="deepseek_v3", architectures=("DeepseekV3ForCausalLM",), config=config_v3, rules=rules, prefix="model.",
-        sizes=SIZES_V3,
+        sizes=SIZES_V3, fitted=fitted,
     )
 )  # fmt: skip

@@ -19,6 +19,7 @@ from ..nn.codes import CodedEmbedding
 from ..nn.embedding import Embedding, Head
 from ..nn.heads import SequenceHead
 from ..nn.linear import Packed, count
+from ..nn.mtp import Drafts
 from ..nn.residual import Block, Repeat
 from .backbone import Backbone
 from .base import Model
@@ -124,12 +125,12 @@ def forward_flops(model: nn.Module, context: int) -> int:
     """FLOPs of a token that sees `context` tokens: two for every weight of the matrices it passes, and its mixing.
 
     A layer that is passed several times counts as often, a tied head where it is used, and a head that speaks once a
-    text not at all.
+    text, or for drafts, not at all.
     """
     embedding = next((m for m in model.modules() if isinstance(m, Embedding)), None)
 
     def passing(module: nn.Module) -> int:
-        if isinstance(module, SequenceHead):
+        if isinstance(module, SequenceHead | Drafts):
             return 0
         flops = module.mixing_flops(context) if isinstance(module, Mixer) else 0
         if isinstance(module, Sparse):

@@ -58,7 +58,7 @@ def rms_norm(keys: Keys, *, offset: float = 0.0) -> RMSNorm.Config:
     return RMSNorm.Config(eps=keys.get("rms_norm_eps", 1e-6), offset=offset)
 
 
-def pre_norm(attn: ModuleConfig, ffn: ModuleConfig, norm: NormConfig) -> Layer:
+def pre_norm(attn: ModuleConfig, ffn: ModuleConfig, norm: NormConfig) -> Mapping[str, ModuleConfig]:
     """A layer of attention and feed-forward, each behind a norm."""
     return {"attn": PreNorm.Config(fn=attn, norm=norm), "ffn": PreNorm.Config(fn=ffn, norm=norm)}
 

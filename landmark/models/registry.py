@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -114,6 +114,8 @@ class Family:
     rules: Callable[[Keys], list[Rule]]
     prefix: str = ""
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    # The config of files that hold tensors of these names, where some may be left out of them.
+    fitted: Callable[[ModelConfig, Collection[str]], ModelConfig] = lambda config, names: config
 
     def read(self, hf: Mapping[str, Any]) -> ModelConfig:
         keys = Keys(hf)

@@ -44,10 +44,12 @@ def load(
     directory = locate(where)
     hf = read_json(directory / "config.json")
     config, family = read_config(hf)
+    theirs = read_tensors(directory)
+    if family is not None:
+        config = family.fitted(config, theirs.keys())
     with torch.device("meta"):
         model = config.build()
     assert isinstance(model, Model)
-    theirs = read_tensors(directory)
     ours = from_published(family, hf, theirs) if family else theirs
     check_weights(model, ours, directory)
     target, wide = None if dtype is None else as_dtype(dtype), float32_buffers(model)
@@ -101,7 +103,9 @@ def published_form(model: Model) -> dict[str, Any] | None:
     if model.origin is None or (model.origin.hf.get("architectures") or [NATIVE])[0] == NATIVE:
         return None
     hf = dict(model.origin.hf)
-    return hf if family_of(hf).read(hf) == model.cfg else None
+    family = family_of(hf)
+    described = family.read(hf)
+    return hf if model.cfg in (described, family.fitted(described, ())) else None
 
 
 def build(hf: Mapping[str, Any]) -> Model:

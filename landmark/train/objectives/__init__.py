@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .ahead import MultiToken
 from .base import ObjectiveConfig
 from .causal import CausalLM
 from .generative import GenerativeFineTuning
@@ -12,6 +13,7 @@ from .spans import SpanExtraction
 from .tags import TokenClassification
 
 __all__ = [
-    "CausalLM", "GenerativeFineTuning", "MaskedLM", "ObjectiveConfig", "Seq2Seq", "SequenceClassification",
+    "CausalLM", "GenerativeFineTuning", "MaskedLM", "MultiToken", "ObjectiveConfig", "Seq2Seq",
+    "SequenceClassification",
     "SpanExtraction", "TokenClassification",
 ]  # fmt: skip
