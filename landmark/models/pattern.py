@@ -118,6 +118,10 @@ MIXERS: Mapping[str, Part] = {
     "latent": Part("latent", "LatentAttention", _latent),
     "mamba": Part("mamba", "Mamba", ffn=NONE),
     "mamba2": Part("mamba2", "Mamba2", lambda s: {"heads": 2 * s.heads, "head_dim": s.head_dim}, ffn=NONE),
+    "rwkv4": Part("rwkv4", "RWKV4", ffn="rwkv4-channel"),
+    "rwkv5": Part("rwkv5", "RWKV5", lambda s: {"head_dim": s.head_dim}, ffn="rwkv4-channel"),
+    "rwkv6": Part("rwkv5", "RWKV6", lambda s: {"head_dim": s.head_dim}, ffn="rwkv6-channel"),
+    "rwkv7": Part("rwkv7", "RWKV7", lambda s: {"head_dim": s.head_dim}, ffn="rwkv7-channel"),
     "ttt": Part("ttt", "TTTLinear", lambda s: {"heads": s.heads}),
     "ttt-mlp": Part("ttt", "TTTMLP", lambda s: {"heads": s.heads}),
     "memory": Part("neural_memory", "NeuralMemory", lambda s: {"heads": s.heads}),
@@ -130,6 +134,9 @@ FFNS: Mapping[str, Part] = {
     "glu": Part("feedforward", "GLU", lambda s: {"hidden": s.hidden(8 / 3)}),
     "mlp": Part("feedforward", "MLP", lambda s: {"hidden": s.hidden(4)}),
     "moe": Part("moe", "MoE", _moe),
+    "rwkv4-channel": Part("channel_mix", "RWKV4ChannelMix"),
+    "rwkv6-channel": Part("channel_mix", "RWKV6ChannelMix", lambda s: {"hidden": s.hidden(3.5)}),
+    "rwkv7-channel": Part("channel_mix", "RWKV7ChannelMix"),
     "peer": Part("peer", "PEER", lambda s: {"experts": 128 * 128}),
 }
 
