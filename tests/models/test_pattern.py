@@ -42,6 +42,7 @@ PATTERNS = [
     "3*window + titans",
     "3*mamba2 + attention",
     "(mamba + latent)/moe",
+    "attention + 2*rwkv7/moe + rwkv7",
 ]
 
 
