@@ -194,3 +194,9 @@ def _finish(initial: Memory | Matrices, ends: tuple[Matrices, ...], chunks: Chun
         return Memory(*parts)
     place = chunks.place.to(parts[0][0].device)
     return Memory(*(tuple(w[place] for w in part) for part in parts))
+
+
+__all__ = [
+    "GELU", "Act", "Matrices", "Memory", "Net", "Norm", "Steps", "answer", "by_head", "gelu", "learn", "loss_terms",
+    "recall", "surprise", "with_ones",
+]  # fmt: skip

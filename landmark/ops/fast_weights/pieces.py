@@ -58,8 +58,8 @@ def gelu_slopes(x: Tensor, act: Act, second: bool) -> tuple[Tensor, Tensor, Tens
         phi, density = (1 + torch.erf(x / math.sqrt(2))) / 2, torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
         return x * phi, phi + x * density, density * (2 - x * x) if second else None
     c, a = math.sqrt(2 / math.pi), 0.044715
-    t, slope = torch.tanh(c * (x + a * x**3)), c * (1 + 3 * a * x * x)
-    rest = 1 - t * t
+    u, slope = c * (x + a * x**3), c * (1 + 3 * a * x * x)
+    t, rest = torch.tanh(u), torch.cosh(u) ** -2
     d = (1 + t) / 2 + x * rest * slope / 2
     return x * (1 + t) / 2, d, rest * (slope + 3 * a * c * x * x - x * t * slope**2) if second else None
 

@@ -45,7 +45,7 @@ class Kept(NamedTuple):
     momentum: list[Tensor]
     inputs: list[Tensor]  # x
     slopes: list[Tensor]  # gelu'(z), gelu''(z) below the last layer
-    bends: list[Tensor]
+    bends: list[Tensor | None]
     backs: list[Tensor]  # g_(l+1) W_(l+1)^T
     grads: list[Tensor]  # g
     loss: Slope
@@ -118,7 +118,8 @@ def forward(plan: Plan, *tensors: Any) -> tuple[tuple[Tensor, ...], list[Kept]]:
             bends.append(bend)
             z = torch.bmm(inputs[-1], base[layer])
         loss = loss_gradient(z, goal[rows], gain[:count] if gain is not None else None, plan.eps)
-        grads, backs = [loss.g], []
+        grads = [loss.g]
+        backs: list[Tensor] = []
         for layer in range(depth - 1, 0, -1):
             backs.insert(0, torch.bmm(grads[0], base[layer].mT)[..., : slopes[layer - 1].shape[2]])
             grads.insert(0, backs[0] * slopes[layer - 1])
@@ -172,7 +173,7 @@ def backward(
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of `tensors` from those of what `scan` returns."""
     x, h, goal, gain, reach, keep, push, end_keep, end_push, take, carry, store = tensors[:12]
-    depth, size = plan.depth, x.shape[1]
+    depth = plan.depth
     d_out = grads[0] if grads[0] is not None else torch.zeros_like(goal)
     finals = [list(grads[1 + i * depth : 1 + (i + 1) * depth]) for i in range(3)]
     dx, dh, d_goal = torch.empty_like(x), torch.empty_like(h), torch.empty_like(goal)
@@ -197,7 +198,7 @@ def backward(
         d_carried: list[Tensor | None] = []
         d_left: list[Tensor | None] = []
         for layer in range(depth):
-            base_end, now_end, momentum_end = (f[layer][going:count] if f[layer] is not None else None for f in finals)
+            base_end, now_end, momentum_end = (_some(f[layer], going, count) for f in finals)
             left = None
             if base_end is not None and going < count:
                 complete = plan.complete[number]
@@ -281,13 +282,10 @@ def backward(
                 d_first, first_do = kept_do, do
         torch.bmm(first_do, k.grads[0].mT, out=d_meets[rows])
         # what was learned: the gradient of a gradient
-        at = here
         if one:
             at = [torch.zeros_like(w) if left is None else left for w, left in zip(k.base, d_left, strict=True)]
         else:
-            for w, left in zip(at, d_left, strict=True):
-                if left is not None:
-                    w += left
+            at = [w if left is None else w.add_(left) for w, left in zip(here, d_left, strict=True)]
         d_slopes: list[Tensor] = []
         for layer in range(depth - 1):
             d_slopes.append(d_grads[layer] * k.backs[layer])
@@ -297,14 +295,15 @@ def backward(
         dz, d_goal[rows], gains = loss_gradient_backward(
             d_grads[-1], k.loss, goal[rows], gain[:count] if gain is not None else None
         )
-        if d_gain is not None:
+        if d_gain is not None and gains is not None:
             d_gain[:count] += gains
         for layer in range(depth - 1, 0, -1):
             at[layer].baddbmm_(k.inputs[layer].mT, dz)
             d_in = d_inputs[layer] if d_inputs[layer] is not None else torch.zeros_like(k.inputs[layer])
             d_in.baddbmm_(dz, k.base[layer].mT)
-            d_in = d_in[..., : k.slopes[layer - 1].shape[2]]
-            dz = torch.addcmul(d_in * k.slopes[layer - 1], d_slopes[layer - 1], k.bends[layer - 1])
+            d_in, bend = d_in[..., : k.slopes[layer - 1].shape[2]], k.bends[layer - 1]
+            assert bend is not None
+            dz = torch.addcmul(d_in * k.slopes[layer - 1], d_slopes[layer - 1], bend)
         if d_inputs[0] is None:
             dx[rows] = torch.bmm(dz, k.base[0].mT)
         else:
@@ -329,6 +328,10 @@ def backward(
 def with_zeros(x: Tensor, bias: bool) -> Tensor:
     """The gradient of weights' outputs that a constant input has no part in."""
     return F.pad(x, (0, 1)) if bias else x
+
+
+def _some(x: Tensor | None, start: int, end: int) -> Tensor | None:
+    return x[start:end] if x is not None else None
 
 
 def _plus(a: Tensor | None, b: Tensor) -> Tensor:
