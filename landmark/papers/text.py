@@ -25,11 +25,15 @@ def corpus(held_out: bool = False) -> Tensor:
 
 
 class ByteText:
-    """An endless iterator of rows of bytes from random places; batch i depends on the seed and i alone."""
+    """An endless iterator of rows of bytes from random places of the corpus, or of `text`; batch i depends on the seed
+    and i alone."""
 
-    def __init__(self, rows: int, length: int, seed: int = 0, *, share: float = 1.0) -> None:
+    def __init__(
+        self, rows: int, length: int, seed: int = 0, *, share: float = 1.0, text: Tensor | None = None
+    ) -> None:
         self.rows, self.length, self.seed, self.made = rows, length, seed, 0
-        self.end = int(len(corpus()) * share) - length - 1
+        self.text = corpus() if text is None else text
+        self.end = int(len(self.text) * share) - length - 1
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -37,7 +41,7 @@ class ByteText:
     def __next__(self) -> Batch:
         self.made += 1
         generator = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 + self.made)
-        return _rows(corpus(), torch.randint(self.end, (self.rows,), generator=generator), self.length)
+        return _rows(self.text, torch.randint(self.end, (self.rows,), generator=generator), self.length)
 
     def state_dict(self) -> dict[str, Any]:
         return {"made": self.made}

@@ -69,7 +69,7 @@ def translate(variant: str, steps: int, held_out: int, seed: int) -> Cell:
 
 
 def run(lab: Lab) -> Outcome:
-    steps = 3000 if lab.full else 700
+    steps = 3000 if lab.full else 1000
     variants = ["4 heads", "1 head", "learned positions", "other sources"]
     held_out = 8 if lab.quick else 400
     cases = [{"variant": v, "steps": steps, "held_out": held_out, "seed": s} for s in lab.seeds for v in variants]
@@ -106,4 +106,4 @@ def run(lab: Lab) -> Outcome:
     )
 
 
-EXPERIMENT = Experiment("F1", "transformer", "Attention alone learns sequence transduction", run, minutes=4)
+EXPERIMENT = Experiment("F1", "transformer", "Attention alone learns sequence transduction", run, minutes=5)
