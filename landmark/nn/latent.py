@@ -9,6 +9,7 @@ from ..config import ModuleConfig
 from ..ctx import Bounds, Ctx
 from ..ops.attention import attention
 from ..ops.attention.pages import Pages
+from ..ops.headwise import headwise
 from .cache import KVCache
 from .linear import Linear
 from .norm import NormConfig, RMSNorm
@@ -103,8 +104,8 @@ class LatentAttention(nn.Module):
         """Heads share `kept` as key and its beginning as value (sec. 2.1.2: the matrices are absorbed)."""
         c = self.cfg
         up_k, up_v = self.kv_up.weight.view(c.heads, c.head_dim + c.v_dim, c.kv_rank).split([c.head_dim, c.v_dim], 1)
-        q = torch.cat([torch.einsum("bthd,hdr->bthr", q, up_k), q_rope], -1)
+        q = torch.cat([headwise(q, up_k.mT), q_rope], -1)
         y = attention(
             q, kept, kept[..., : c.kv_rank], bounds=ctx.bounds, k_bounds=bounds, scale=self.scale, causal=True
         )
-        return torch.einsum("bthr,hdr->bthd", y, up_v)
+        return headwise(y, up_v)
