@@ -17,6 +17,7 @@ COMMANDS = (
     "serve",
     "inspect",
     "transform",
+    "convert",
     "eval",
     "embed",
     "data",
