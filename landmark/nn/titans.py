@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -158,7 +159,8 @@ class MemoryAsContext(nn.Module):
     def __init__(self, cfg: Config, dim: int) -> None:
         super().__init__()
         self.cfg = cfg
-        self.attention, self.memory = cfg.attention.build(dim), cfg.memory.build(dim)
+        self.attention = replace(cfg.attention, chunk=cfg.segment).build(dim)  # half of it is h, as half is yet to come
+        self.memory = cfg.memory.build(dim)
         self.persistent = nn.Parameter(torch.empty(cfg.persistent, dim))
         self.norm_h, self.norm_y = (RMSNorm.Config(eps=cfg.eps).build(dim) for _ in range(2))
         self.gate = Gate(dim, cfg.eps)
@@ -179,14 +181,12 @@ class MemoryAsContext(nn.Module):
         return {"memory": memory, "segment": SlotState(**segment)}
 
     def mixing_flops(self, context: int) -> int:
-        """FLOPs per token beyond the weights': attention to persistent tokens and, on average, half of a segment and of
-        what it recalled; keys and values of h; and the memory's answer h."""
-        c, a = self.cfg, self.cfg.attention
-        seen = c.persistent + min(context, c.segment) + 1
-        extra = sum(2 * p.numel() for m in (self.attention.k, self.attention.v, self.memory.q, self.memory.gate,
-                                            self.memory.out) for p in m.parameters())  # fmt: skip
-        asked = sum(2 * w.numel() for w in self.memory.start())
-        return 4 * seen * a.heads * a.head_dim + extra + asked
+        """FLOPs per token beyond the weights' and what attention and memory say themselves: persistent tokens, keys
+        and values of h, and the memory's answer h."""
+        a, m = self.cfg.attention, self.memory
+        again = (self.attention.k, self.attention.v, m.q, m.gate, m.out)
+        weights = sum(p.numel() for layer in again for p in layer.parameters()) + sum(w.numel() for w in m.start())
+        return 4 * self.cfg.persistent * a.heads * a.head_dim + 2 * weights
 
     def forward(self, x: Tensor, ctx: Ctx, state: dict[str, SlotState] | None = None) -> Tensor:
         past = (ctx.past or ()) if state is not None else ()
@@ -200,19 +200,20 @@ class MemoryAsContext(nn.Module):
         known, origin = rows(known, order), tuple(w[order] for w in origin)
         asking, asked = self.memory.view("q", x, bounds, state["segment"].tensors.get("asked") if state else None)
         tokens, asking = chunks.cut(x), chunks.cut(asking)
-        q, k, v = self._views(tokens)
+        q, (k, v) = self._queries(tokens), self._keys(tokens, "x")
         skipped = [past[i] % size for i in chunks.order.tolist()] if past else [0] * len(order)
         context = tuple(state["segment"].tensors[name][order] for name in "kv") if state and any(skipped) else None
         place = torch.arange(size, device=x.device)
         causal = place <= place[:, None]
-        mask, first = torch.cat([causal.new_ones(size, self.cfg.persistent), causal, causal], 1), self._first()
+        mask = torch.cat([causal.new_ones(size, self.cfg.persistent), causal, causal], 1)
+        first = self._keys(self.persistent[None], "p")
         outs: list[Tensor] = []
         ends: list[tuple[Known, tuple[Tensor, ...]]] = []
         for number, step in enumerate(chunks.steps):
             count = step.stop - step.start
             if count < len(origin[0]):
                 known, origin = rows(known, slice(count)), tuple(w[:count] for w in origin)
-            _, hk, hv = self._views(self.norm_h(self.memory.ask(asking[step], tokens[step], origin)), "h")
+            hk, hv = self._keys(self.norm_h(self.memory.ask(asking[step], tokens[step], origin)), "h")
             keys, values = torch.cat([hk, k[step]], 1), torch.cat([hv, v[step]], 1)
             skip = skipped[:count] if number == 0 else [0] * count
             if number == 0 and context is not None:
@@ -241,15 +242,15 @@ class MemoryAsContext(nn.Module):
         place = torch.tensor([p % size for p in past], device=x.device)
         known = self.memory.known(state["memory"], past)
         origin = self._origin(state, known.memory, past)
-        q, k, v = self._views(x, place=place[:, None])
+        q, (k, v) = self._queries(x, place[:, None]), self._keys(x, "x", place[:, None])
         asking, asked = self.memory.view("q", x, Bounds(n, 1), segment.get("asked"))
-        _, hk, hv = self._views(self.norm_h(self.memory.ask(asking, x, origin)), "h", place[:, None])
+        hk, hv = self._keys(self.norm_h(self.memory.ask(asking, x, origin)), "h", place[:, None])
         slots = torch.arange(n, device=x.device)
         for name, h, new in (("k", hk, k), ("v", hv, v)):
             segment[name][slots, place], segment[name][slots, size + place] = h[:, 0], new[:, 0]
         seen = torch.arange(size, device=x.device) <= place[:, None]
         mask = torch.cat([seen.new_ones(n, self.cfg.persistent), seen, seen], 1)[:, None, None]
-        y = self._attend(q, segment["k"], segment["v"], self._first(), mask)
+        y = self._attend(q, segment["k"], segment["v"], self._keys(self.persistent[None], "p"), mask)
         m, known = self.memory.read(y, Bounds(n, 1), known, past)
         self.memory.keep(state["memory"], known)
         segment |= {f"origin{number}": w for number, w in enumerate(origin)}
@@ -284,25 +285,26 @@ class MemoryAsContext(nn.Module):
             for name, new in tensors.items():
                 old[name] = old[name].index_copy(0, order[: len(new)], new.to(old[name].dtype))
 
-    def _views(self, x: Tensor, what: str = "x", place: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [n, T, heads, d] of p, of h, or of tokens x [n, T, dim] at places [n, T] of their
-        segments (default: 0 ... T - 1)."""
-        a, c = self.attention, self.cfg
-        heads = (c.attention.heads, c.attention.kv_heads, c.attention.kv_heads)
-        q, k, v = (f(x).unflatten(-1, (n, -1)) for f, n in zip((a.q, a.k, a.v), heads, strict=True))
-        if a.q_norm is not None and a.k_norm is not None:
-            q, k = a.q_norm(q), a.k_norm(k)
-        if a.rope is not None:
-            if place is None:
-                place = torch.arange(x.shape[1], device=x.device)[None]
-            place = place + {"p": 0, "h": c.persistent, "x": c.persistent + c.segment}[what]
-            at = Ctx(place, Bounds(*place.shape))
-            q, k = a.rope(q, at), a.rope(k, at)
-        return q, k, v
+    def _queries(self, x: Tensor, place: Tensor | None = None) -> Tensor:
+        """Queries [n, T, heads, d] of tokens x [n, T, dim] at places [n, T] of their segments; None: 0 ... T - 1."""
+        a = self.attention
+        q: Tensor = a.q(x).unflatten(-1, (self.cfg.attention.heads, -1))
+        return self._turned(q if a.q_norm is None else a.q_norm(q), "x", place)
 
-    def _first(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the persistent tokens, [1, persistent, heads, d]."""
-        return self._views(self.persistent[None], "p")[1:]
+    def _keys(self, x: Tensor, what: str, place: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values [n, T, kv_heads, d] of p, of h, or of tokens x."""
+        a = self.attention
+        k, v = (f(x).unflatten(-1, (self.cfg.attention.kv_heads, -1)) for f in (a.k, a.v))
+        return self._turned(k if a.k_norm is None else a.k_norm(k), what, place), v
+
+    def _turned(self, y: Tensor, what: str, place: Tensor | None) -> Tensor:
+        """Rotary positions: the places in p_1 ... p_n || h || segment."""
+        if self.attention.rope is None:
+            return y
+        if place is None:
+            place = torch.arange(y.shape[1], device=y.device)[None]
+        place = place + {"p": 0, "h": self.cfg.persistent, "x": self.cfg.persistent + self.cfg.segment}[what]
+        return self.attention.rope(y, Ctx(place, Bounds(*place.shape)))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, first: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
         """q [n, T, heads, d] over p, and k and v [n, S, heads, d], where the mask says so -> [n, T, dim]."""
