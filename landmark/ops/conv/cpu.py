@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ...ctx import Bounds
+from ..inference import inference_op, learns
 from ..native import Source
 from ..spans import covers, spans
 
@@ -63,8 +64,7 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-@torch.library.custom_op("landmark::causal_conv", mutates_args=())
-def _conv(
+def _run(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, spans: Tensor, whole: bool, silu: bool
 ) -> tuple[Tensor, Tensor]:
     (channels, taps), (x, ld) = weight.shape, _rows(x)
@@ -78,11 +78,15 @@ def _conv(
     return y, last
 
 
-@_conv.register_fake
-def _(
+def _fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, spans: Tensor, whole: bool, silu: bool
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(spans.shape[0], weight.shape[1] - 1, weight.shape[0])
+
+
+_conv = torch.library.custom_op("landmark::causal_conv", mutates_args=())(_run)
+_conv.register_fake(_fake)
+_conv_inference = inference_op("causal_conv_inference", _run, _fake)
 
 
 @torch.library.custom_op("landmark::causal_conv_backward", mutates_args=())
@@ -139,5 +143,6 @@ def causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, bounds: Bounds, initial: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
     """As `reference.causal_conv`; sums in float32."""
-    y, last = _conv(x, weight, bias, initial, spans(bounds), covers(bounds), silu)
+    op = _conv if learns(x, weight, bias, initial) else _conv_inference
+    y, last = op(x, weight, bias, initial, spans(bounds), covers(bounds), silu)
     return y, last

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ...ctx import Bounds
+from ..inference import inference_op, learns
 from ..native import Source
 from ..spans import covers, spans
 
@@ -64,8 +65,7 @@ def _threads(x: Tensor) -> int:
     return torch.get_num_threads() if x.numel() > ONE_THREAD else 1
 
 
-@torch.library.custom_op("landmark::selective_scan", mutates_args=())
-def _scan(
+def _run(
     x: Tensor, delta: Tensor, z: Tensor | None, B: Tensor, C: Tensor, A: Tensor, D: Tensor, initial: Tensor | None,
     spans: Tensor, whole: bool, chunks: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -84,12 +84,16 @@ def _scan(
     return y, h, kept
 
 
-@_scan.register_fake
-def _(
+def _fake(
     x: Tensor, delta: Tensor, z: Tensor | None, B: Tensor, C: Tensor, A: Tensor, D: Tensor, initial: Tensor | None,
     spans: Tensor, whole: bool, chunks: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return x.new_empty(x.shape), A.new_empty(spans.shape[0], *A.shape), A.new_empty(chunks, *A.shape)
+
+
+_scan = torch.library.custom_op("landmark::selective_scan", mutates_args=())(_run)
+_scan.register_fake(_fake)
+_scan_inference = inference_op("selective_scan_inference", _run, _fake)
 
 
 @torch.library.custom_op("landmark::selective_scan_backward", mutates_args=())
@@ -155,10 +159,8 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `reference.selective_scan`; states are float32."""
     initial = None if initial is None else initial.float().contiguous()
-    keep = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, delta, A, B, C, D, z, initial)
-    )
-    y, final, _ = _scan(
+    keep = learns(x, delta, A, B, C, D, z, initial)
+    y, final, _ = (_scan if keep else _scan_inference)(
         x, delta, z, B, C, A.float().mT.contiguous(), D.float().contiguous(), initial, spans(bounds), covers(bounds),
         bounds.memo("scan", lambda: sum(-(-n // STEPS) for _, n in bounds.sequences)) if keep else 0,
     )  # fmt: skip

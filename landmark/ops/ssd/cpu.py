@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ...ctx import Bounds
+from ..inference import inference_op, learns
 from ..native import Source
 
 SOURCE = Source(Path(__file__).with_name("step.c"))
@@ -31,8 +32,7 @@ def why_not(
     """None if the kernel can run, else why not."""
     if not (bounds.dense and bounds.width == 1):
         return "it takes one token of each sequence"
-    tensors = [t for t in (x, dt, A, B, C, D, initial) if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if learns(x, dt, A, B, C, D, initial):
         return "it has no gradient"
     for t in (x, B, C):
         if type(t) not in _PLAIN or not t.is_cpu or t.dtype not in SUFFIX or t.dtype != x.dtype:
@@ -43,8 +43,7 @@ def why_not(
     return "it takes no empty tensors" if not x.numel() else SOURCE.why_not()
 
 
-@torch.library.custom_op("landmark::ssd_step", mutates_args=())
-def _step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+def _run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
     """x [S, H, P], B and C [S, G, N]; the others float32; all contiguous."""
     y, final = torch.empty_like(x), torch.empty_like(initial)
     threads = torch.get_num_threads() if initial.numel() > ONE_THREAD else 1
@@ -55,9 +54,11 @@ def _step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, ini
     return y, final
 
 
-@_step.register_fake
-def _(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(initial)
+
+
+_step = inference_op("ssd_step", _run, _fake)
 
 
 def ssd(
