@@ -17,6 +17,7 @@ from landmark.cli.main import COMMANDS, main
 from landmark.cli.papers import app
 from landmark.models.registry import sizes
 from landmark.papers.catalogue import GraphFormat, Lang, Paper, load
+from landmark.papers.experiment import experiments
 
 ROOT = Path(__file__).parents[2]
 ROADMAP = [
@@ -133,6 +134,7 @@ def test_modules_and_evidence_exist(paper: Paper) -> None:
             _, command, *arguments = evidence.split()
             assert command in COMMANDS
             assert command != "inspect" or set(arguments) <= set(sizes())
+            assert command != "reproduce" or set(arguments) <= set(experiments())
         else:
             assert (ROOT / evidence).is_file(), f"{evidence} does not exist"
     assert paper.module or not paper.evidence

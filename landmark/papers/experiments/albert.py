@@ -47,7 +47,7 @@ def parameters(size: str, **changes: Any) -> int:
 def text() -> tuple[list[list[list[int]]], list[list[list[int]]], int, int]:
     """The embedded corpus' documents as sentences of word pieces, to train on and held out; the ids of [CLS], [SEP]."""
     parts = open_corpus("embedded").split(HELD_OUT)
-    train, held_out = ([sentences(document.text[:12_000]) for document in part] for part in parts)
+    train, held_out = ([sentences(document.text[:6_000]) for document in part] for part in parts)
     tokenizer = train_tokenizer("wordpiece", (sentence for document in train for sentence in document), VOCAB)
     ids = [[tokenizer.encode_batch(document) for document in part] for part in (train, held_out)]
     assert tokenizer.cls_id is not None and tokenizer.sep_id is not None
