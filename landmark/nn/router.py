@@ -50,16 +50,16 @@ class RouterConfig(Config, ABC, abstract=True):
 class Router(nn.Module, ABC):
     """Tokens [N, dim] -> `Routing`."""
 
-    def __init__(self, dim: int, experts: int, active: int) -> None:
+    def __init__(self, experts: int, active: int) -> None:
         super().__init__()
-        self.dim, self.experts, self.active = dim, experts, active
+        self.experts, self.active = experts, active
 
     @abstractmethod
     def forward(self, x: Tensor, ctx: Ctx | None) -> Routing: ...
 
-    def reports(self, ctx: Ctx | None) -> bool:
-        """Whether there is anyone to tell of this pass."""
-        return self.training and ctx is not None
+    def listener(self, x: Tensor, ctx: Ctx | None) -> Ctx | None:
+        """Who is to be told of this pass, if anyone is and there is anything to tell."""
+        return ctx if self.training and len(x) else None
 
     def report_use(self, ctx: Ctx, counts: Tensor, scores: Tensor, dropped: Tensor | None = None) -> None:
         """Figures of a pass: counts [E] of the choices, scores [N, E]."""
@@ -126,7 +126,7 @@ class SoftmaxTopK(Router):
             return SoftmaxTopK(self, dim, experts, active)
 
     def __init__(self, cfg: Config, dim: int, experts: int, active: int) -> None:
-        super().__init__(dim, experts, active)
+        super().__init__(experts, active)
         self.cfg, self.linear = cfg, Linear(dim, experts, bias=False)
 
     def forward(self, x: Tensor, ctx: Ctx | None) -> Routing:
@@ -139,18 +139,17 @@ class SoftmaxTopK(Router):
         weights, experts = allowed.topk(self.active, -1)
         if c.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
-        if self.reports(ctx):
-            assert ctx is not None
+        if (told := self.listener(x, ctx)) is not None:
             counts = count_choices(experts, self.experts)
-            self.report_use(ctx, counts, scores.detach())
+            self.report_use(told, counts, scores.detach())
             if c.balance:
-                ctx.reports.loss("router_balance", balance(counts, scores, experts.numel()), c.balance)
+                told.reports.loss("router_balance", balance(counts, scores, experts.numel()), c.balance)
             if c.group_balance:
-                ctx.reports.loss("router_group_balance", self.even_groups(counts, scores), c.group_balance)
+                told.reports.loss("router_group_balance", self.even_groups(counts, scores), c.group_balance)
             if c.communication:
-                ctx.reports.loss("router_communication", self.even_sending(experts, scores), c.communication)
+                told.reports.loss("router_communication", self.even_sending(experts, scores), c.communication)
             if c.z:
-                ctx.reports.loss("router_z", z_loss(logits.to(scores.dtype)), c.z)
+                told.reports.loss("router_z", z_loss(logits.to(scores.dtype)), c.z)
         return Routing(experts, weights if c.scale == 1.0 else weights * c.scale)
 
     def even_groups(self, counts: Tensor, scores: Tensor) -> Tensor:
@@ -222,7 +221,7 @@ class SigmoidTopK(Float32Buffers, Router):
     bias: Tensor
 
     def __init__(self, cfg: Config, dim: int, experts: int, active: int) -> None:
-        super().__init__(dim, experts, active)
+        super().__init__(experts, active)
         self.cfg, self.linear = cfg, Linear(dim, experts, bias=False)
         self.register_buffer("bias", torch.zeros(experts, dtype=torch.float32))
         self.load: Tensor | None = None  # choices since the last `adjust`
@@ -245,10 +244,10 @@ class SigmoidTopK(Float32Buffers, Router):
             counts = count_choices(experts, self.experts)
             if not recomputing():
                 self.load = counts if self.load is None else self.load + counts
-            if ctx is not None:
-                self.report_use(ctx, counts, scores.detach())
+            if (told := self.listener(x, ctx)) is not None:
+                self.report_use(told, counts, scores.detach())
                 if c.balance:
-                    ctx.reports.loss("router_balance", sequence_balance(experts, scores, ctx), c.balance)
+                    told.reports.loss("router_balance", sequence_balance(experts, scores, told), c.balance)
         return Routing(experts, weights * c.scale)
 
     @torch.no_grad()
@@ -299,17 +298,16 @@ class SigmoidInput(Router):
             return SigmoidInput(self, dim, experts, active)
 
     def __init__(self, cfg: Config, dim: int, experts: int, active: int) -> None:
-        super().__init__(dim, experts, active)
+        super().__init__(experts, active)
         self.cfg, self.linear = cfg, Linear(dim, experts, bias=False)
 
     def forward(self, x: Tensor, ctx: Ctx | None) -> Routing:
         logits = self.linear(x)
         best, experts = logits.topk(self.active, -1)
         wide = torch.promote_types(x.dtype, torch.float32)
-        if self.reports(ctx):
-            assert ctx is not None
+        if (told := self.listener(x, ctx)) is not None:
             counts, scores = count_choices(experts, self.experts), logits.softmax(-1, dtype=wide)
-            self.report_use(ctx, counts, scores.detach())
+            self.report_use(told, counts, scores.detach())
             if self.cfg.balance:
-                ctx.reports.loss("router_balance", balance(counts, scores, experts.numel()), self.cfg.balance)
+                told.reports.loss("router_balance", balance(counts, scores, experts.numel()), self.cfg.balance)
         return Routing(experts, best.to(wide).sigmoid(), on_input=True)

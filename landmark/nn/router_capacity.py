@@ -33,7 +33,7 @@ class NoisyTopK(Router):
             return NoisyTopK(self, dim, experts, active)
 
     def __init__(self, cfg: Config, dim: int, experts: int, active: int) -> None:
-        super().__init__(dim, experts, active)
+        super().__init__(experts, active)
         self.cfg = cfg
         self.weight = nn.Parameter(torch.zeros(experts, dim))
         self.noise_weight = nn.Parameter(torch.zeros(experts, dim))
@@ -53,14 +53,14 @@ class NoisyTopK(Router):
         best, experts = noisy.topk(min(self.active + 1, self.experts), -1)
         chosen = experts[:, : self.active]
         weights = best[:, : self.active].softmax(-1)
-        if ctx is not None:
+        if (told := self.listener(x, ctx)) is not None:
             gates = torch.zeros_like(clean).scatter(-1, chosen, weights)
             counts = count_choices(chosen, self.experts)
-            self.report_use(ctx, counts, gates.detach())
+            self.report_use(told, counts, gates.detach())
             if self.cfg.importance:
-                ctx.reports.loss("router_importance", squared_cv(gates.sum(0)), self.cfg.importance)
+                told.reports.loss("router_importance", squared_cv(gates.sum(0)), self.cfg.importance)
             if self.cfg.load:
-                ctx.reports.loss(
+                told.reports.loss(
                     "router_noisy_load", squared_cv(self.smooth_load(clean, spread, best, chosen)), self.cfg.load
                 )
         return Routing(chosen, weights)
@@ -156,7 +156,7 @@ class GShard(CapacityRouter):
     cfg: Config
 
     def __init__(self, cfg: Config, dim: int, experts: int, active: int) -> None:
-        super().__init__(dim, experts, active)
+        super().__init__(experts, active)
         self.cfg, self.linear = cfg, Linear(dim, experts, bias=False)
 
     def forward(self, x: Tensor, ctx: Ctx | None) -> Routing:
@@ -171,8 +171,8 @@ class GShard(CapacityRouter):
             kept = torch.ones_like(experts, dtype=torch.bool)
             kept[:, 1] = 2 * weights[:, 1].detach() > torch.rand(len(x), dtype=weights.dtype, device=x.device)
         routing = self.limit(experts, weights, kept)
-        if ctx is not None:
-            self.report(ctx, logits, scores, experts[:, 0], count_choices(experts, self.experts), routing)
+        if (told := self.listener(x, ctx)) is not None:
+            self.report(told, logits, scores, experts[:, 0], count_choices(experts, self.experts), routing)
         return routing
 
 
@@ -199,7 +199,7 @@ class Switch(CapacityRouter):
     cfg: Config
 
     def __init__(self, cfg: Config, dim: int, experts: int, active: int) -> None:
-        super().__init__(dim, experts, active)
+        super().__init__(experts, active)
         self.cfg, self.linear = cfg, Linear(dim, experts, bias=False)
 
     def forward(self, x: Tensor, ctx: Ctx | None) -> Routing:
@@ -211,6 +211,6 @@ class Switch(CapacityRouter):
         if not self.training:
             return Routing(experts, weights)
         routing = self.limit(experts, weights)
-        if ctx is not None:
-            self.report(ctx, logits, scores, experts, count_choices(experts, self.experts), routing)
+        if (told := self.listener(x, ctx)) is not None:
+            self.report(told, logits, scores, experts, count_choices(experts, self.experts), routing)
         return routing

@@ -135,6 +135,16 @@ def test_tokens_outside_of_sequences_do_not_count() -> None:
     assert ctx.reports.metrics == alone.reports.metrics
 
 
+@every_router
+def test_a_batch_without_a_token(router: RouterConfig, active: int) -> None:
+    moe, x = made(router, active).train(), torch.randn(1, 4, DIM)
+    ctx = Ctx(torch.zeros(1, 4, dtype=torch.long), Bounds(1, 4, ()))
+    y = moe(x, ctx)
+    assert not y.any() and not ctx.reports.losses and not ctx.reports.metrics
+    y.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in moe.parameters())
+
+
 @pytest.mark.parametrize("factor", [0.25, 1.0])
 def test_a_full_expert_lets_tokens_pass_by(factor: float) -> None:
     """In training; in evaluation all are served."""
