@@ -78,7 +78,7 @@ def learn(
         peak_flops=1.0,  # nobody asks for the utilisation
         **settings,
     )
-    mean = Average(steps - int(average * steps))
+    mean = Average(steps + 1 - max(1, round(average * steps)))
     with tempfile.TemporaryDirectory() as out:
         fit(model, objective, batches, chosen, out=out, callbacks=[mean] if average else [])
     if average:
