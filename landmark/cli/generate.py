@@ -12,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from ..infer.sampling import Sampling
+    from ..infer.speculative import Drafter
     from ..models.decoder import Decoder
     from ..models.encoder_decoder import EncoderDecoder
     from ..weights.tokenizer import Tokenizer
@@ -59,6 +60,10 @@ def generate(
     ] = None,
     dtype: Dtype = None,
     quantise: Quantise = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(help="Speculate: a smaller model of the same vocabulary, or lookup (in the text so far)."),
+    ] = None,
     device: Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     batch: Annotated[
@@ -101,7 +106,7 @@ def generate(
     if beams:
         answers = _search(loaded, tokenizer, prompts, beams, length_penalty, sampling)
     else:
-        answers = _draw(loaded, tokenizer, prompts, samples, sampling, echo=terminal, flowing=flowing)
+        answers = _draw(loaded, tokenizer, prompts, samples, sampling, draft, echo=terminal, flowing=flowing)
     seconds, count = time.perf_counter() - began, sum(len(answer["tokens"]) for answer in answers)
     if as_json:
         report = {"model": model, "answers": answers, "tokens": count, "seconds": round(seconds, 4)}
@@ -196,6 +201,27 @@ def open_model(
     return model, Tokenizer.load(directory)
 
 
+def only_decoder(model: Decoder | EncoderDecoder) -> Decoder:
+    """Raises ValueError for an encoder-decoder."""
+    from ..models.decoder import Decoder
+
+    if not isinstance(model, Decoder):
+        raise ValueError(f"a {type(model).__name__} cannot speculate; leave --draft out")
+    return model
+
+
+def open_drafter(spec: str) -> Drafter:
+    """Prompt lookup, or a model that drafts."""
+    import landmark
+
+    from ..infer.speculative import Lookup, ModelDrafter
+
+    if spec == "lookup":
+        return Lookup()
+    model = landmark.load(spec)
+    return ModelDrafter(only_decoder(model))  # type: ignore[arg-type]
+
+
 def printable(text: str) -> str:
     """Text without the control characters that would steer a terminal."""
     return "".join(c for c in text if (c >= " " and not "\x7f" <= c < "\xa0") or c in "\n\t")
@@ -211,12 +237,13 @@ def _encode(model: Decoder | EncoderDecoder, tokenizer: Tokenizer, prompts: list
 
 
 def _draw(
-    model: Decoder | EncoderDecoder, tokenizer: Tokenizer, prompts: list[str], samples: int, sampling: Sampling, *,
-    echo: bool, flowing: bool,
+    model: Decoder | EncoderDecoder, tokenizer: Tokenizer, prompts: list[str], samples: int, sampling: Sampling,
+    draft: str | None, *, echo: bool, flowing: bool,
 ) -> list[dict[str, Any]]:  # fmt: skip
     from dataclasses import replace
 
     from ..infer.generate import stream
+    from ..infer.speculative import speculate
 
     seeds = [None if sampling.seed is None else sampling.seed + n for n in range(samples)]
     settings = [replace(sampling, seed=seed) for _ in prompts for seed in seeds]
@@ -227,7 +254,10 @@ def _draw(
     ]  # fmt: skip
     if flowing:
         _heading(prompts[0] if echo else "")
-    for event in stream(model, ids, settings, tokenizer=tokenizer):
+    events = stream(model, ids, settings, tokenizer=tokenizer)
+    if draft is not None:
+        events = speculate(only_decoder(model), ids, settings, drafter=open_drafter(draft), tokenizer=tokenizer)
+    for event in events:
         answer = answers[event.index]
         answer["text"] += event.text
         answer["tokens"].append(event.token)
