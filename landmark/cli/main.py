@@ -15,6 +15,7 @@ COMMANDS = (
     "generate",
     "chat",
     "serve",
+    "bench",
     "inspect",
     "transform",
     "convert",
