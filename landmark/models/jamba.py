@@ -47,7 +47,9 @@ def mamba(keys: Keys) -> Mamba.Config:
 
 def config(keys: Keys) -> Decoder.Config:
     keys.fixed("hidden_act", "silu")
+    keys.fixed("mamba_inner_layernorms", True)
     keys.inert("use_mamba_kernels", "use_mambapy", "use_associative_scan", "num_logits_to_keep", "sliding_window")
+    keys.inert("calc_logits_for_entire_prompt", "auto_map")
     sparse = every(keys, "expert", 2, 1)
     active, experts = keys.get("num_experts_per_tok", 2), keys.get("num_experts", 16)
     norm, dense = rms_norm(keys), glu(keys)

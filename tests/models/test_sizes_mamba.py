@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from landmark.models.inspect import figures
-from landmark.models.registry import Keys, sizes
+from landmark.models.registry import Keys, published, sizes
 from landmark.weights.rules import unload
 
 from .test_sizes import meta
@@ -32,6 +32,29 @@ PARAMETERS = {
     "jamba-1.5-large": 398_555_145_696,
 }
 ACTIVE = {"jamba-v0.1": 12e9, "jamba-1.5-mini": 12e9, "jamba-1.5-large": 94e9}  # as the papers give them
+HUB = {  # what the files on the hub say besides
+    "mamba-130m": {
+        "conv_kernel": 4, "d_inner": 1536, "d_model": 768, "expand": 2, "fused_add_norm": True, "hidden_act": "silu",
+        "intermediate_size": 1536, "layer_norm_epsilon": 1e-5, "n_layer": 24, "pad_vocab_size_multiple": 8,
+        "rescale_prenorm_residual": False, "residual_in_fp32": True, "rms_norm": True, "ssm_cfg": {}, "state_size": 16,
+        "time_step_floor": 1e-4, "time_step_init_scheme": "random", "time_step_max": 0.1, "time_step_min": 0.001,
+        "time_step_rank": 48, "time_step_scale": 1.0, "use_bias": False, "use_conv_bias": True,
+    },
+    "codestral-mamba-7b": {
+        "chunk_size": 256, "conv_kernel": 4, "expand": 2, "intermediate_size": 8192, "layer_norm_epsilon": 1e-5,
+        "norm_before_gate": True, "residual_in_fp32": True, "rms_norm": True, "time_step_floor": 1e-4,
+        "time_step_limit": [0.0, float("inf")], "time_step_max": 0.1, "time_step_min": 0.001, "time_step_rank": 256,
+        "use_bias": False, "use_conv_bias": True,
+    },
+    "jamba-v0.1": {
+        "attention_dropout": 0.0, "attn_layer_offset": 4, "attn_layer_period": 8, "expert_layer_offset": 1,
+        "expert_layer_period": 2, "calc_logits_for_entire_prompt": False, "mamba_conv_bias": True, "mamba_d_conv": 4,
+        "mamba_d_state": 16, "mamba_dt_rank": 256, "mamba_expand": 2, "mamba_inner_layernorms": True,
+        "mamba_proj_bias": False, "n_ctx": 262144, "num_experts": 16, "num_experts_per_tok": 2, "rms_norm_eps": 1e-6,
+        "output_router_logits": False, "router_aux_loss_coef": 0.001, "sliding_window": None,
+        "tie_word_embeddings": False, "use_mamba_kernels": True,
+    },
+}  # fmt: skip
 
 
 def shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
@@ -61,3 +84,9 @@ def test_beside_transformers(name: str) -> None:
 @pytest.mark.parametrize("name", ACTIVE)
 def test_active(name: str) -> None:
     assert round(figures(meta(name)[1], context=100).active / 1e9) == ACTIVE[name] / 1e9
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_the_hubs_files_read_as_the_published_size(name: str) -> None:
+    family, hf = published(name)
+    assert family.read({**hf, **HUB[name]}) == family.read(hf)
