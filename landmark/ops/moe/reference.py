@@ -19,8 +19,7 @@ def spread(x: Tensor, tokens: Tensor) -> Tensor:
 
 def combine(y: Tensor, weights: Tensor, places: Tensor) -> Tensor:
     """sum_j weights[n, j] y[places[n, j]]; y [M, dim], weights and places [N, k] -> [N, dim]. A place of -1: none."""
-    if not y.shape[0]:
-        return y.new_zeros(places.shape[0], y.shape[1])
     wide = torch.promote_types(y.dtype, torch.float32)
-    kept = weights.to(wide).masked_fill(places < 0, 0.0)
-    return torch.einsum("nk,nkd->nd", kept, y[places.clamp_min(0)].to(wide)).to(y.dtype)
+    if y.shape[0] < places.numel():  # some are dropped: -1 is a last row of zeros
+        y = torch.cat([y, y.new_zeros(1, y.shape[1])])
+    return torch.einsum("nk,nkd->nd", weights.to(wide), y[places].to(wide)).to(y.dtype)
