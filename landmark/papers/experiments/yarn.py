@@ -74,7 +74,7 @@ def extend(steps: int, tuning: int, rows: int, seed: int) -> Cell:
 
 
 def run(lab: Lab) -> Outcome:
-    steps, tuning = (3000, 600) if lab.full else (600, 150)
+    steps, tuning = (3000, 1000) if lab.full else (600, 300)
     rows = 4 if lab.quick else 96
     cells = lab.grid(extend, [{"steps": steps, "tuning": tuning, "rows": rows, "seed": s} for s in lab.seeds])
     loss = {name: column(cells, name) for name in ("short", "windows", "windows tuned")}
@@ -130,4 +130,4 @@ def run(lab: Lab) -> Outcome:
     return Outcome(findings, table, plot, note)
 
 
-EXPERIMENT = Experiment("E6", "yarn", "Stretched positions reach further, and a short tuning closes the gap", run, 4)
+EXPERIMENT = Experiment("E6", "yarn", "Stretched positions reach further, and a short tuning closes the gap", run, 5)
