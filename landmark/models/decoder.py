@@ -37,13 +37,18 @@ class Decoder(Backbone):
     def hidden_and_drafts(self, tokens: Tensor, ctx: Ctx) -> tuple[Tensor, list[Tensor]]:
         """Hidden states [B, T, dim] for the next token, and those of each draft for the tokens after it."""
         assert self.drafts is not None, "this model has no drafts"
+        hidden, trunk = self.hidden_and_trunk(tokens, ctx=ctx)
+        return hidden, self.drafts(hidden, trunk, tokens, self.embed, ctx)
+
+    def hidden_and_trunk(self, tokens: Tensor, **where: Any) -> tuple[Tensor, Tensor]:
+        """`hidden`, and what the last layer read, [B, T, dim] each: what drafts start from."""
         read: list[Tensor] = []
         hook = self.layers[-1].register_forward_pre_hook(lambda _, given: read.append(given[0]))
         try:
-            hidden = self.hidden(tokens, ctx=ctx)
+            hidden = self.hidden(tokens, **where)
         finally:
             hook.remove()
-        return hidden, self.drafts(hidden, read[0], tokens, self.embed, ctx)
+        return hidden, read[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., dim] -> [..., vocab]."""

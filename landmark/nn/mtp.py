@@ -40,6 +40,15 @@ class Drafts(nn.Module, ABC):
         """Hidden states [B, T, dim] of each module, ready for the head, for text that is all there: `last` is what the
         decoder made of `tokens` [B, T], `trunk` what its last layer read."""
 
+    @abstractmethod
+    def step(self, k: int, x: Tensor, ahead: Tensor, embed: nn.Module, ctx: Ctx, state: Any = None) -> Tensor:
+        """Module k alone, on what it reads of some tokens, x [B, T, dim] -> [B, T, dim]; `ahead` [B, T] are the tokens
+        k + 1 places after each. With its `state`, sequences are continued."""
+
+    @abstractmethod
+    def new_state(self, **where: Any) -> list[Any]:
+        """The decoding state of each module."""
+
 
 class IndependentDrafts(Drafts):
     """f_head_k(trunk), each head a layer (Gloeckle et al. 2024, sec. 2); the decoder's last layer is the first head."""
@@ -62,13 +71,12 @@ class IndependentDrafts(Drafts):
     def new_state(self, **where: Any) -> list[Any]:
         return [layer.new_state(**where) for layer in self.layers]  # type: ignore[operator]
 
-    def step(self, k: int, trunk: Tensor, ctx: Ctx, state: Any = None) -> Tensor:
-        """Module k on what the last layer reads, [B, T, dim] -> [B, T, dim]."""
-        out: Tensor = self.layers[k](trunk, ctx, state)
+    def step(self, k: int, x: Tensor, ahead: Tensor, embed: nn.Module, ctx: Ctx, state: Any = None) -> Tensor:
+        out: Tensor = self.layers[k](x, ctx, state)
         return self.norms[k](out) if len(self.norms) else out
 
     def forward(self, last: Tensor, trunk: Tensor, tokens: Tensor, embed: nn.Module, ctx: Ctx) -> list[Tensor]:
-        return [self.step(k, trunk, ctx) for k in range(self.depth)]
+        return [self.step(k, trunk, tokens, embed, ctx) for k in range(self.depth)]
 
 
 class SequentialDrafts(Drafts):
@@ -89,16 +97,15 @@ class SequentialDrafts(Drafts):
     def new_state(self, **where: Any) -> list[Any]:
         return [step.layer.new_state(**where) for step in self.steps]  # type: ignore[operator, union-attr]
 
-    def step(self, k: int, hidden: Tensor, embedded: Tensor, ctx: Ctx, state: Any = None) -> Tensor:
-        """Module k on what was made of tokens i so far, and the embedding of the tokens k + 1 places on."""
-        out: Tensor = self.steps[k](hidden, embedded, ctx, state)
+    def step(self, k: int, x: Tensor, ahead: Tensor, embed: nn.Module, ctx: Ctx, state: Any = None) -> Tensor:
+        out: Tensor = self.steps[k](x, embed(ahead, ctx.positions), ctx, state)
         return out
 
     def forward(self, last: Tensor, trunk: Tensor, tokens: Tensor, embed: nn.Module, ctx: Ctx) -> list[Tensor]:
         hidden, made = last, []
         for k in range(self.depth):
             ahead = torch.cat([tokens[:, k + 1 :], tokens[:, : k + 1]], 1)  # what comes round is nobody's target
-            hidden = self.step(k, hidden, embed(ahead, ctx.positions), ctx)
+            hidden = self.step(k, hidden, ahead, embed, ctx)
             made.append(hidden)
         return made
 
