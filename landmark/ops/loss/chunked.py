@@ -43,8 +43,8 @@ def reduce_rows(logits: Tensor, targets: Tensor, head: Head, grad: bool) -> tupl
 
 
 def through_onednn(weight: Tensor) -> bool:
-    """Whether products with `weight` run faster in oneDNN than in torch."""
-    return ONEDNN_IS_FASTER and weight.is_cpu and weight.dtype == torch.float32 and weight.numel() >= MIN_PRODUCT
+    """Whether products of many rows with `weight` run faster in oneDNN than in torch."""
+    return ONEDNN_IS_FASTER and weight.is_cpu and weight.dtype == torch.float32 and 16 * weight.numel() >= MIN_PRODUCT
 
 
 def empty_weight_gradient(weight: Tensor, several: bool) -> Tensor:
