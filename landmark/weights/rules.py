@@ -146,6 +146,14 @@ class Drop(Rule):
     inverse = forward
 
 
+class Copy(Drop):
+    """A tensor of theirs that repeats another: it need not be there, and is written out wherever `beside` is."""
+
+    def __init__(self, theirs: str, same_as: str, beside: str) -> None:
+        super().__init__(theirs, same_as)
+        self.beside = beside
+
+
 @dataclass
 class _Match:
     rule: Rule
@@ -217,4 +225,8 @@ def load(rules: Sequence[Rule], theirs: Mapping[str, Tensor]) -> Weights:
 
 def unload(rules: Sequence[Rule], ours: Mapping[str, Tensor]) -> Weights:
     """The inverse of `load`."""
-    return _apply([rule for rule in rules if rule.ours], ours, "ours")
+    theirs = _apply([rule for rule in rules if rule.ours], ours, "ours")
+    for rule in rules:
+        if isinstance(rule, Copy) and rule.same_as is not None and rule.beside in theirs:
+            theirs[rule.theirs[0]] = theirs[rule.same_as].clone()
+    return theirs

@@ -77,6 +77,8 @@ def test_parity_with_published_files(tmp_path: Path) -> None:
                 tensors[at + name.removeprefix(last)] = tensor.clone()
         own = {"enorm": step.enorm, "hnorm": step.hnorm, "eh_proj": step.eh_proj, "shared_head.norm": step.post_norm}
         tensors |= {f"{at}{name}.weight": m.weight.detach().clone() for name, m in own.items() if m is not None}
+        tensors[f"{at}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors[f"{at}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
     (tmp_path / "model.safetensors").unlink()
     write_tensors(tmp_path, {name: tensor.contiguous() for name, tensor in tensors.items()}, shard_bytes=10**9)
     model = landmark.load(tmp_path)
