@@ -10,7 +10,8 @@ from torch import Tensor
 
 from landmark.ctx import Bounds
 from landmark.ops import ssd as ops
-from landmark.ops.ssd import cpu, ssd
+from landmark.ops.spans import spans
+from landmark.ops.ssd import cpu, ssd, step
 
 BOUNDS = {
     "dense": Bounds(2, 63),
@@ -56,9 +57,11 @@ def both_ways(given: dict[str, Tensor | None], bounds: Bounds, backend: ops.Back
 
 
 def check(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
+    """The error of a sum over all tokens (A) is measured by the size of its terms, which are of either sign."""
     for name, b in want.items():
-        error = (got[name].double() - b).abs().max().item()
-        assert got[name].shape == b.shape and error <= tolerance * max(1.0, b.abs().max().item()), (name, error)
+        error, size = (got[name].double() - b).abs().max().item(), b.abs().max().item()
+        size = max(1.0, size, want["dt"].abs().sum((0, 1)).max().item() if name == "A" else 0.0)
+        assert got[name].shape == b.shape and error <= tolerance * size, (name, error, size)
 
 
 @pytest.mark.parametrize("name", BOUNDS)
@@ -77,13 +80,21 @@ def test_the_three_forms_are_one(shape: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", BOUNDS)
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_chunks_against_float64(dtype: torch.dtype, name: str) -> None:
+@pytest.mark.parametrize("backend", ["chunked", "cpu"])
+def test_chunks_against_float64(backend: ops.Backend, dtype: torch.dtype, name: str) -> None:
     bounds = BOUNDS[name]
-    given = inputs(bounds, SHAPES["groups"], dtype)
-    want = both_ways({n: t.double() for n, t in given.items()}, bounds, "reference", 1)
-    got = both_ways(dict(given), bounds, "chunked", 16)
-    check(got, want, 1e-5 if dtype == torch.float32 else 4e-2)
-    assert got["y"].dtype == got["B"].dtype == dtype and got["final"].dtype == torch.float32
+    for shape in (*SHAPES.values(), (3, 40, 1, 33), (24, 8, 3, 5)):
+        given = inputs(bounds, shape, dtype)
+        if (reason := ops.why_not(backend, *(given[n] for n in NAMES[:6]), bounds)) is not None:
+            pytest.skip(reason)
+        for some in (given, given | {"initial": None}):
+            exact = {n: None if t is None else t.double() for n, t in some.items()}
+            want = both_ways(exact, bounds, "reference", 1)  # type: ignore[arg-type]
+            for chunk in (16, 19, 1000):
+                got = both_ways(some, bounds, backend, chunk)  # type: ignore[arg-type]
+                check(got, want, 1e-5 if dtype == torch.float32 else 4e-2)
+                assert got["y"].dtype == got["B"].dtype == dtype and got["final"].dtype == torch.float32
+                assert (got["y"][bounds.index() < 0] == 0).all()
 
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), (4, 40, 1, 9), (24, 64, 3, 5)])
@@ -92,12 +103,12 @@ def test_one_token_against_float64(dtype: torch.dtype, shape: tuple[int, ...]) -
     bounds = Bounds(3, 1)
     given = inputs(bounds, shape, dtype)
     args = [given[n] for n in NAMES[:6]]
-    if (reason := ops.why_not("cpu", *args, bounds)) is not None:
+    if (reason := ops.why_not("step", *args, bounds)) is not None:
         pytest.skip(reason)
     for initial in (given["initial"], None):
         exact = None if initial is None else initial.double()
         want = ssd(*(t.double() for t in args), bounds, exact, backend="reference")
-        got = ssd(*args, bounds, initial, backend="cpu")
+        got = ssd(*args, bounds, initial, backend="step")
         for a, b in zip(got, want, strict=True):
             tolerance = 1e-2 if a.dtype == torch.bfloat16 else 2e-6
             assert (a.double() - b).abs().max() <= tolerance * b.abs().max()
@@ -117,7 +128,34 @@ def test_strong_decays_stay_exact() -> None:
     given["dt"], given["A"] = torch.full_like(given["dt"], 0.5), torch.tensor([-60.0, -1e-4])
     given["dt"][:, 100:] = 1e-3
     want = both_ways({n: t.double() for n, t in given.items()}, bounds, "reference", 1)
-    check(both_ways(dict(given), bounds, "chunked", 128), want, 5e-6)
+    for backend in ("chunked", "cpu"):
+        if ops.why_not(backend, *(given[n] for n in NAMES[:6]), bounds) is None:  # type: ignore[arg-type]
+            check(both_ways(dict(given), bounds, backend, 128), want, 5e-6)  # type: ignore[arg-type]
+
+
+def test_slices_of_wider_rows() -> None:
+    bounds = Bounds(2, 9)
+    given = inputs(bounds, (4, 8, 2, 5))
+    row = torch.cat([torch.ones(2, 9, 3), *(given[n].flatten(2) for n in "xBC")], -1)
+    x, B, C = row[..., 3:].split([32, 10, 10], -1)
+    apart = given | {"x": x.unflatten(-1, (4, 8)), "B": B.unflatten(-1, (2, 5)), "C": C.unflatten(-1, (2, 5))}
+    assert torch.equal(*(ssd(*(g[n] for n in NAMES[:6]), bounds)[0] for g in (given, apart)))
+
+
+def test_the_same_bits_on_any_number_of_threads() -> None:
+    bounds = Bounds(2, 100)
+    given = inputs(bounds, (24, 16, 1, 16))
+    if (reason := ops.why_not("cpu", *(given[n] for n in NAMES[:6]), bounds)) is not None:
+        pytest.skip(reason)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(both_ways(dict(given), bounds, "cpu", 32))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, other[n]) for n, a in results[0].items())
 
 
 def test_calls_may_be_cut_anywhere() -> None:
@@ -143,10 +181,14 @@ def test_refusals_and_fakes() -> None:
     with pytest.raises(ValueError, match="unknown backend 'fast'"):
         ssd(*args, bounds, backend="fast")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="it has no gradient"):
-        ssd(args[0].clone().requires_grad_(), *args[1:], bounds, backend="cpu")
+        ssd(args[0].clone().requires_grad_(), *args[1:], bounds, backend="step")
     with pytest.raises(ValueError, match="it takes one token of each sequence"):
-        ssd(*args, Bounds(1, 2), backend="cpu")
+        ssd(*args, Bounds(1, 2), backend="step")
+    with pytest.raises(ValueError, match="'cpu' cannot run: it takes plain tensors"):
+        ssd(*(t.double() for t in args), bounds, backend="cpu")
     if ops.why_not("cpu", *args, bounds) is None:
         torch.use_deterministic_algorithms(False)
         x, dt, A, B, C, D = args
-        torch.library.opcheck(cpu._step, (x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, given["initial"]))
+        torch.library.opcheck(step._step, (x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, given["initial"]))
+        x, B, C, dt, A, D, initial = (t.requires_grad_() for t in (x, B, C, dt, A, D, given["initial"]))
+        torch.library.opcheck(cpu._ssd, (x, B, C, dt, A, D, initial, spans(bounds), True, 1, 2))

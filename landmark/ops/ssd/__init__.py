@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
 from ...ctx import Bounds
-from . import chunked, cpu, reference
+from . import chunked, cpu, reference, step
 
-Backend = Literal["reference", "quadratic", "chunked", "cpu"]
+Backend = Literal["reference", "quadratic", "chunked", "cpu", "step"]
 CHUNK = 64
 
 
@@ -18,9 +18,11 @@ def why_not(
     initial: Tensor | None = None,
 ) -> str | None:  # fmt: skip
     """None if `backend` can run, else why not."""
-    if backend not in ("reference", "quadratic", "chunked", "cpu"):
-        raise ValueError(f"unknown backend {backend!r}: use 'reference', 'quadratic', 'chunked' or 'cpu'")
-    return cpu.why_not(x, dt, A, B, C, D, bounds, initial) if backend == "cpu" else None
+    if backend not in get_args(Backend):
+        raise ValueError(f"unknown backend {backend!r}: use 'reference', 'quadratic', 'chunked', 'cpu' or 'step'")
+    if backend == "step":
+        return step.why_not(x, dt, A, B, C, D, bounds, initial)
+    return cpu.why_not(x, B, C) if backend == "cpu" else None
 
 
 def ssd(
@@ -38,13 +40,16 @@ def ssd(
         shapes = ", ".join(f"{n} {list(t.shape)}" for n, t in zip(("x", "dt", "B", "C"), (x, dt, B, C), strict=True))
         raise ValueError(f"{shapes}: they must be [B, T, H, P], [B, T, H] and twice [B, T, G, N], where G divides H")
     if backend is None:
-        backend = "chunked" if cpu.why_not(x, dt, A, B, C, D, bounds, initial) else "cpu"
+        one = step.why_not(x, dt, A, B, C, D, bounds, initial) is None
+        backend = "step" if one else "chunked" if cpu.why_not(x, B, C) else "cpu"
     elif (reason := why_not(backend, x, dt, A, B, C, D, bounds, initial)) is not None:
         raise ValueError(f"backend {backend!r} cannot run: {reason}")
     if backend == "chunked":
         return chunked.ssd(x, dt, A, B, C, D, bounds, initial, chunk)
     if backend == "cpu":
-        return cpu.ssd(x, dt, A, B, C, D, bounds, initial)
+        return cpu.ssd(x, dt, A, B, C, D, bounds, initial, chunk)
+    if backend == "step":
+        return step.ssd(x, dt, A, B, C, D, bounds, initial)
     form = reference.quadratic if backend == "quadratic" else reference.recurrent
     return reference.ssd(x, dt, A, B, C, D, bounds, initial, form)
 
