@@ -70,42 +70,67 @@ class LatentAttention(nn.Module):
         c = self.cfg
         q = self.q(x) if c.q_rank is None else self.q_up(self.q_norm(self.q_down(x)))
         q = q.view(*x.shape[:-1], c.heads, c.head_dim + c.rope_dim)
-        q_rope = self.rope(q[..., c.head_dim :], ctx)
+        q, q_rope = q[..., : c.head_dim], self.rope(q[..., c.head_dim :], ctx)
         down = self.kv_down(x)
         latent, k_rope = self.kv_norm(down[..., : c.kv_rank]), self.rope(down[..., None, c.kv_rank :], ctx)
         if state is None:
-            y = self._expanded(q[..., : c.head_dim], q_rope, latent, k_rope, ctx, ctx.bounds)
+            y = self._expanded(q, q_rope, latent, k_rope, ctx.bounds, ctx.bounds)
         else:
             entry = torch.cat([latent.unsqueeze(-2), k_rope], -1)
-            kept, _, bounds = state.extend(entry, entry[..., :0], ctx)
+            kept, _, seen = state.extend(entry, entry[..., :0], ctx)
             if kept is entry:
-                y = self._expanded(q[..., : c.head_dim], q_rope, latent, k_rope, ctx, bounds)
-            elif ctx.bounds.longest > self.many:
-                if isinstance(bounds, Pages):
-                    kept, bounds = bounds.gather(kept), bounds.gathered
-                parts = kept.squeeze(-2)[..., : c.kv_rank], kept[..., c.kv_rank :]
-                y = self._expanded(q[..., : c.head_dim], q_rope, *parts, ctx, bounds)
+                y = self._expanded(q, q_rope, latent, k_rope, ctx.bounds, seen)
             else:
-                y = self._absorbed(q[..., : c.head_dim], q_rope, kept, ctx, bounds)
+                y = self._over_kept(q, q_rope, kept, ctx.bounds, seen)
         out: Tensor = self.out(y.flatten(-2))
         return out
 
-    def _expanded(self, q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, ctx: Ctx, bounds: Bounds) -> Tensor:
+    def _over_kept(self, q: Tensor, q_rope: Tensor, kept: Tensor, bounds: Bounds, seen: Bounds) -> Tensor:
+        """Whichever way costs less, for each sequence where all are in pages: a step of an engine continues many
+        answers by a token while it reads a long prompt."""
+        if bounds.longest <= self.many:
+            return self._absorbed(q, q_rope, kept, bounds, seen)
+        if isinstance(seen, Pages):
+            pages = seen
+            split = bounds.memo(("few", self.many, pages.key), lambda: _split(bounds, pages, self.many))
+            if split is not None:
+                (first, first_seen), (rest, rest_seen) = split
+                short = self._absorbed(q[:, : first.width], q_rope[:, : first.width], kept, first, first_seen)
+                long = self._over_kept(q[:, first.width :], q_rope[:, first.width :], kept, rest, rest_seen)
+                return torch.cat([short, long], 1)
+            kept, seen = pages.gather(kept), pages.gathered
+        parts = kept.squeeze(-2)[..., : self.cfg.kv_rank], kept[..., self.cfg.kv_rank :]
+        return self._expanded(q, q_rope, *parts, bounds, seen)
+
+    def _expanded(
+        self, q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, bounds: Bounds, seen: Bounds
+    ) -> Tensor:
         """Keys and values of every head. latent [B, S, kv_rank], k_rope [B, S, 1, rope_dim] -> [B, T, heads, v_dim]."""
         c = self.cfg
         k, v = self.kv_up(latent).view(*latent.shape[:-1], c.heads, -1).split([c.head_dim, c.v_dim], -1)
         k = torch.cat([k, k_rope.expand(*k.shape[:-1], -1)], -1)
         return attention(
-            torch.cat([q, q_rope], -1), k, v, bounds=ctx.bounds, k_bounds=bounds, scale=self.scale, causal=True,
+            torch.cat([q, q_rope], -1), k, v, bounds=bounds, k_bounds=seen, scale=self.scale, causal=True,
             dropout=c.dropout if self.training else 0.0,
         )  # fmt: skip
 
-    def _absorbed(self, q: Tensor, q_rope: Tensor, kept: Tensor, ctx: Ctx, bounds: Bounds) -> Tensor:
+    def _absorbed(self, q: Tensor, q_rope: Tensor, kept: Tensor, bounds: Bounds, seen: Bounds) -> Tensor:
         """Heads share `kept` as key and its beginning as value (sec. 2.1.2: the matrices are absorbed)."""
         c = self.cfg
         up_k, up_v = self.kv_up.weight.view(c.heads, c.head_dim + c.v_dim, c.kv_rank).split([c.head_dim, c.v_dim], 1)
         q = torch.cat([headwise(q, up_k.mT), q_rope], -1)
-        y = attention(
-            q, kept, kept[..., : c.kv_rank], bounds=ctx.bounds, k_bounds=bounds, scale=self.scale, causal=True
-        )
+        y = attention(q, kept, kept[..., : c.kv_rank], bounds=bounds, k_bounds=seen, scale=self.scale, causal=True)
         return headwise(y, up_v)
+
+
+def _split(bounds: Bounds, seen: Pages, many: int) -> tuple[tuple[Bounds, Pages], tuple[Bounds, Pages]] | None:
+    """The sequences of at most `many` tokens that stand first, end to end in one row, and the others."""
+    few = end = 0
+    for start, length in bounds.sequences:
+        if bounds.rows > 1 or start != end or length > many:
+            break
+        few, end = few + 1, end + length
+    if not few:
+        return None
+    lengths = tuple(length for _, length in bounds.sequences)
+    return (Bounds.of_lengths(lengths[:few]), seen[:few]), (Bounds.of_lengths(lengths[few:]), seen[few:])
