@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from landmark.papers.experiments.gpt1 import kinds
 from landmark.papers.learn import learn, only
 from landmark.papers.small import decoder
 from landmark.papers.text import ByteText
@@ -35,3 +36,13 @@ def test_only_so_many_updates() -> None:
 def test_text_of_ones_own() -> None:
     batch = next(ByteText(4, 16, text=TEXT))
     assert ((batch.targets - batch.tokens).remainder(200) == 7).all()
+
+
+def test_what_characters_are_part_of() -> None:
+    source = 'def f():\n    """Says\n    hello."""\n    return "x" + y  # why\n'
+    found = kinds(source)
+    assert found is not None
+    for kind, part in ((3, '"""Says\n    hello."""'), (2, '"x"'), (1, "# why"), (0, "return")):
+        at = source.index(part)
+        assert set(found[at : at + len(part)]) == {kind}
+    assert kinds("x = (") is None
