@@ -62,7 +62,9 @@ def generate(
     quantise: Quantise = None,
     draft: Annotated[
         str | None,
-        typer.Option(help="Speculate: a smaller model of the same vocabulary, or lookup (in the text so far)."),
+        typer.Option(
+            help="Speculate: a smaller model of the same vocabulary, own (drafts), or lookup (in the text so far)."
+        ),
     ] = None,
     device: Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -211,13 +213,15 @@ def only_decoder(model: Decoder | EncoderDecoder) -> Decoder:
 
 
 def open_drafter(spec: str) -> Drafter:
-    """Prompt lookup, or a model that drafts."""
+    """Prompt lookup, the model's own drafts, or a model that drafts."""
     import landmark
 
-    from ..infer.speculative import Lookup, ModelDrafter
+    from ..infer.speculative import Lookup, ModelDrafter, OwnDrafts
 
     if spec == "lookup":
         return Lookup()
+    if spec == "own":
+        return OwnDrafts()
     model = landmark.load(spec)
     return ModelDrafter(only_decoder(model))  # type: ignore[arg-type]
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..ctx import Bounds
 from ..models.decoder import Decoder
+from ..models.drafting import Drafting
 from ..models.inspect import forward_flops
 from ..nn.cache import KVCache
 from ..weights.tokenizer import Tokenizer
@@ -78,6 +79,8 @@ class Reader:
         self._plain = all(isinstance(leaf, KVCache) for leaf in self.state.leaves())
         self._before: Any = None
         self._read: list[list[int]] = [[] for _ in range(slots)]
+        self.follow = False  # whether to keep for `take` what the model made of the tokens
+        self._seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(slots)]
 
     def read(self, tokens: Sequence[Sequence[int]]) -> list[Tensor]:
         """Append at least one token to every sequence -> logits [tokens, vocab] after each of them."""
@@ -86,13 +89,27 @@ class Reader:
         lengths = [len(new) for new in tokens]
         device = self.model.device
         if len(set(lengths)) == 1:
-            hidden = self.model.hidden(torch.tensor(self._read, device=device), state=self.state).flatten(0, 1)
+            ids, bounds = torch.tensor(self._read, device=device), None
         else:
-            flat = torch.tensor([[token for new in tokens for token in new]], device=device)
-            hidden = self.model.hidden(flat, bounds=Bounds.of_lengths(tuple(lengths)), state=self.state)[0]
+            ids = torch.tensor([[token for new in tokens for token in new]], device=device)
+            bounds = Bounds.of_lengths(tuple(lengths))
+        if self.follow:
+            hidden, trunk = self.model.hidden_and_trunk(ids, bounds=bounds, state=self.state)
+            parts = (x.flatten(0, 1).split(lengths) for x in (hidden, trunk))
+            for seen, pair in zip(self._seen, zip(*parts, strict=True), strict=True):
+                seen.append(pair)
+        else:
+            hidden = self.model.hidden(ids, bounds=bounds, state=self.state)
         for text, new in zip(self.texts, tokens, strict=True):
             text += new
-        return list(self.model.logits(hidden).split(lengths))
+        return list(self.model.logits(hidden.flatten(0, 1)).split(lengths))
+
+    def take(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Hidden states and what the last layer read, [n, dim] each for every sequence, of the tokens that were read
+        and kept since the last time."""
+        pairs = [[torch.cat(x) for x in zip(*seen, strict=True)] for seen in self._seen]
+        self._seen = [[] for _ in pairs]
+        return [hidden for hidden, _ in pairs], [trunk for _, trunk in pairs]
 
     def keep(self, counts: Sequence[int]) -> None:
         """Of the last call's tokens keep so many of each sequence, at least one."""
@@ -102,7 +119,12 @@ class Reader:
             for i, (count, new) in enumerate(zip(counts, self._read, strict=True)):
                 self.state.lengths[i] -= len(new) - count
                 del self.texts[i][len(self.texts[i]) - len(new) + count :]
+                if self.follow:
+                    hidden, trunk = self._seen[i].pop()
+                    self._seen[i].append((hidden[:count], trunk[:count]))
             return
+        for seen in self._seen if self.follow else ():
+            seen.pop()
         snapshot, self.texts = self._before
         self.state.restore(snapshot)
         self.read([new[:count] for count, new in zip(counts, self._read, strict=True)])
@@ -112,6 +134,7 @@ class Reader:
         self.state.select(list(rows))
         self.texts = [self.texts[row] for row in rows]
         self._read = [self._read[row] for row in rows]
+        self._seen = [self._seen[row] for row in rows]
 
 
 @dataclass(frozen=True)
@@ -127,8 +150,8 @@ class Drafter(Protocol):
 
     cost: float
 
-    def begin(self, model: Decoder, rows: Sequence[Row], capacity: int) -> None:
-        """Get ready for sequences, of which `rows` have prompt, settings and answer so far."""
+    def begin(self, reader: Reader, rows: Sequence[Row], capacity: int) -> None:
+        """Get ready for sequences that `reader` reads, of which `rows` have prompt, settings and answer so far."""
 
     def propose(self, texts: Sequence[Sequence[int]], count: int) -> Proposal:
         """`count` tokens to follow each text (prompt and answer), which only ever grows."""
@@ -147,7 +170,7 @@ class Lookup:
             raise ValueError(f"longest is {longest}; look for at least 1 token")
         self.longest = longest
 
-    def begin(self, model: Decoder, rows: Sequence[Row], capacity: int) -> None:
+    def begin(self, reader: Reader, rows: Sequence[Row], capacity: int) -> None:
         pass
 
     def propose(self, texts: Sequence[Sequence[int]], count: int) -> Proposal:
@@ -174,13 +197,13 @@ class ModelDrafter:
             raise ValueError("the drafting model is in training mode; call eval() before it drafts")
         self.model, self.cost = model, 0.0
 
-    def begin(self, model: Decoder, rows: Sequence[Row], capacity: int) -> None:
-        own, its = self.model.cfg.head.vocab, model.cfg.head.vocab
+    def begin(self, reader: Reader, rows: Sequence[Row], capacity: int) -> None:
+        own, its = self.model.cfg.head.vocab, reader.model.cfg.head.vocab
         if own != its:
             raise ValueError(
                 f"the drafting model has a vocabulary of {own}, the model one of {its}; they must be equal"
             )
-        self.cost = forward_flops(self.model, 512) / forward_flops(model, 512)
+        self.cost = forward_flops(self.model, 512) / forward_flops(reader.model, 512)
         self.reader = Reader(self.model, len(rows), capacity)
         self.rows = list(rows)
 
@@ -222,6 +245,42 @@ class ModelDrafter:
 
     def select(self, rows: Sequence[int]) -> None:
         self.reader.select(rows)
+        self.rows = [self.rows[row] for row in rows]
+
+
+class OwnDrafts:
+    """The model's own modules for further tokens (multi-token prediction); no more proposals than it has modules."""
+
+    cost = 0.0
+
+    def begin(self, reader: Reader, rows: Sequence[Row], capacity: int) -> None:
+        reader.follow = True
+        self.drafting = Drafting.of(reader.model, len(rows), capacity)
+        self.reader, self.rows = reader, list(rows)
+        whole, head = forward_flops(reader.model, 512), 2 * reader.model.cfg.dim * reader.model.cfg.head.vocab
+        self.cost = ((whole - head) / len(reader.model.layers) + head) / whole  # a layer, and the head
+
+    def propose(self, texts: Sequence[Sequence[int]], count: int) -> Proposal:
+        hidden, trunk = self.reader.take()
+        sampler = Sampler(vocab=self.reader.model.cfg.head.vocab)
+        said: list[list[int]] = [[] for _ in texts]
+        probabilities = []
+
+        def pick(_: int, logits: Tensor) -> Tensor:
+            sampler.arrange([_row(row, [*row.answer, *more]) for row, more in zip(self.rows, said, strict=True)])
+            q = distribution(sampler, logits)
+            probabilities.append(q)
+            tokens = [_pick(p, row) for p, row in zip(q, self.rows, strict=True)]
+            for more, token in zip(said, tokens, strict=True):
+                more.append(token)
+            return torch.tensor(tokens)
+
+        following = [text[len(text) - len(new) :] for text, new in zip(texts, hidden, strict=True)]
+        tokens = self.drafting.propose(hidden, trunk, following, min(count, self.drafting.depth), pick)
+        return Proposal(tokens, torch.stack(probabilities, 1))
+
+    def select(self, rows: Sequence[int]) -> None:
+        self.drafting.select(list(rows))
         self.rows = [self.rows[row] for row in rows]
 
 
@@ -310,7 +369,7 @@ class _Run:
         self.model, self.requests, self.rows, self.forms = model, requests, rows, forms
         self.drafter, self.figures = drafter, figures
         self.reader = Reader(model, len(rows), capacity)
-        drafter.begin(model, rows, capacity)
+        drafter.begin(self.reader, rows, capacity)
 
     def rooms(self) -> list[int]:
         """Proposals beyond what may still be said are of no use."""
