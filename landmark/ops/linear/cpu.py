@@ -61,6 +61,8 @@ def why_not_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None
 def _why_not_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     if not (x.is_cpu and weight.is_cpu):
         return f"it runs on cpu, not {x.device.type}"
+    if x.shape[-1] != weight.shape[1]:
+        return f"x {list(x.shape)} does not fit the weight {list(weight.shape)}"
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
         return f"x is {x.dtype} and the weight {weight.dtype}"
     if type(x) not in _PLAIN or type(weight) not in _PLAIN:
