@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,10 @@ if TYPE_CHECKING:
     from .weights.checkpoint import build as build
     from .weights.checkpoint import load as load
     from .weights.checkpoint import save as save
+
+if "OMP_WAIT_POLICY" not in os.environ:
+    # OpenMP threads that wait for one which is not running spin, for milliseconds by default. Read as torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __version__ = "0.1.0"
 
