@@ -31,6 +31,7 @@ bench: $(VENV)/.ready-test
 	$(BIN)/python bench/bench_train.py
 	$(BIN)/python bench/bench_train.py --memory
 	$(BIN)/python bench/bench_generate.py
+	$(BIN)/python bench/bench_families.py
 
 lint: $(VENV)/.ready-test
 	$(BIN)/ruff check landmark tests bench
