@@ -22,7 +22,7 @@ quickstart: $(VENV)/.ready
 	$(BIN)/landmark quickstart
 
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 test-slow: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -q -m slow --timeout=1800
