@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -27,6 +27,10 @@ def serve(
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 600.0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: as stored.")] = None,
     quantise: Annotated[str | None, typer.Option(help="Round the weights as they are loaded: int8, int4.")] = None,
+    draft: Annotated[
+        Literal["lookup"] | None,
+        typer.Option(help="Speculate: lookup guesses what followed the same words before; the answers stay the same."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Serve models: /v1/chat/completions, /v1/completions, /v1/embeddings, and a page at /.
@@ -46,7 +50,7 @@ def serve(
     served = []
     for spec in models:
         with console.status(f"loading {spec}"):
-            served.append(open_served(spec, dtype, quantise, device, int(memory * 2**30), max_batch, chunk))
+            served.append(open_served(spec, dtype, quantise, device, int(memory * 2**30), max_batch, chunk, draft))
     app = create_app(served, limits)
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -65,7 +69,14 @@ def serve(
 
 
 def open_served(
-    spec: str, dtype: str | None, quantise: str | None, device: str, memory: int, max_batch: int, chunk: int
+    spec: str,
+    dtype: str | None,
+    quantise: str | None,
+    device: str,
+    memory: int,
+    max_batch: int,
+    chunk: int,
+    draft: Literal["lookup"] | None = None,
 ) -> Served | ServedEncoder:
     """A model with its engine, or an encoder of sentences."""
     import landmark
@@ -92,5 +103,5 @@ def open_served(
             f"{spec} is a {type(model).__name__}, which is not served; give a decoder or a sentence encoder"
         )
     tokenizer = Tokenizer.load(directory)
-    engine = Engine(model, tokenizer, memory=memory, max_batch=max_batch, chunk=chunk)
+    engine = Engine(model, tokenizer, memory=memory, max_batch=max_batch, chunk=chunk, drafter=draft)
     return Served(name, engine, tokenizer)

@@ -17,7 +17,8 @@
 `submit` raises ValueError for what cannot be served; a request that fails later raises EngineError where it is awaited.
 A request's tokens depend on its prompt, its sampling and its seed only, whatever else is in the batch, whether its
 beginning was remembered, and however often it had to give way. A `Request` may carry a `guide` (constrained output):
-a factory of objects that say which tokens may come next.
+a factory of objects that say which tokens may come next. `Engine(..., drafter="lookup")` speculates: the same tokens in
+fewer calls of the model, where texts repeat themselves.
 """
 
 from ..generate import Answer, Event

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from ..generate import Answer, Event
 from ..generate import request as writer
 from ..sampling import BROKEN, Row, Sampler
 from ..session import room_after, turning_lengths
+from .drafts import Lookup
 from .handle import Handle, wake
 from .request import Request, Run, Scored, Ticket
 from .scheduler import Scheduler, Work
@@ -43,6 +45,8 @@ class Stats:
     cancelled: int = 0
     preempted: int = 0
     crashes: int = 0
+    proposed: int = 0  # tokens that were guessed and compared with what was drawn
+    kept: int = 0  # those of them that were right
     running: int = 0
     waiting: int = 0
     used: float = 0.0  # share of the blocks (slots, for models without) that sequences hold
@@ -62,6 +66,7 @@ class Engine:
         block: int = 32,
         prefixes: bool = True,
         interval: int = 512,
+        drafter: Literal["lookup"] | None = None,
     ) -> None:
         if not isinstance(model, Decoder):
             raise ValueError(f"the engine serves decoders; a {type(model).__name__} is served by infer.generate")
@@ -71,7 +76,12 @@ class Engine:
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
+        if drafter not in (None, "lookup"):
+            raise ValueError(f"drafter is {drafter!r}; the engine can draft by lookup, or not at all (None)")
+        self._drafter = drafter
         self._turns = turning_lengths(model)
+        if self._turns and drafter is not None:
+            raise ValueError("a model whose rotations change with the length of the text (LongRoPE) cannot speculate")
         if self._turns:  # what was computed for a short text is of no use to a long one
             prefixes, chunk = False, max(chunk, model.cfg.context or chunk)
         interval = -(-interval // block) * block
@@ -127,7 +137,8 @@ class Engine:
         for n in range(request.candidates):
             own = sampling if sampling.seed is None or n == 0 else replace(sampling, seed=sampling.seed + n)
             row = Row.of(own, prompt, self._sampler.vocab)
-            ticket.runs.append(Run(ticket, writer(self.model, n, prompt, own, room, self.tokenizer), row))
+            lookup = Lookup() if self._drafter else None
+            ticket.runs.append(Run(ticket, writer(self.model, n, prompt, own, room, self.tokenizer), row, lookup))
         handle = Handle(self, ticket)
         with self._lock:
             self._handles[ticket] = handle
@@ -227,14 +238,56 @@ class Engine:
                 self._stats.cached_tokens += work.run.computed
                 if work.run.writer.index == 0:
                     self._handles[work.run.ticket].cached = work.run.computed
+        guessed = [work for work in works if work.guesses]
+        before = self._store.copies([work.run for work in guessed]) if guessed else []
         hidden, ends = self._forward(works)
         self._stats.computed_tokens += sum(work.count for work in works)
-        speaking = [(work.run, end) for work, end in zip(works, ends, strict=True) if work.last]
+        for work in works:
+            if not work.guesses:
+                self._store.advance(work.run, work.count)
+        speaking = [(work, end - len(work.guesses)) for work, end in zip(works, ends, strict=True) if work.last]
         self._score_prompts(works, ends, hidden)
-        if not speaking:
-            return
-        rows = hidden if len(speaking) == hidden.shape[0] else hidden[torch.tensor([end for _, end in speaking])]
-        self._say([run for run, _ in speaking], self.model.logits(rows))
+        if guessed:
+            self._compare(speaking, hidden, before)
+        elif speaking:
+            rows = hidden if len(speaking) == hidden.shape[0] else hidden[torch.tensor([end for _, end in speaking])]
+            self._say([work.run for work, _ in speaking], self.model.logits(rows))
+
+    def _compare(self, speaking: list[tuple[Work, int]], hidden: Tensor, before: list[dict[str, Tensor]]) -> None:
+        """Draw tokens of sequences whose first logits come from these rows of hidden [tokens, dim], and more of each
+        as long as they are as guessed. States of a sequence of which something was not as guessed are put back; what
+        was right is read again with what comes next."""
+        places = torch.tensor([first + n for work, first in speaking for n in range(len(work.guesses) + 1)])
+        logits = self.model.logits(hidden[places])
+        starts = list(itertools.accumulate((len(work.guesses) + 1 for work, _ in speaking), initial=0))
+        going, kept = [(work.run, work, start) for (work, _), start in zip(speaking, starts, strict=False)], {}
+        for n in itertools.count():
+            if not self._store.slots:
+                for run, work, _ in going:
+                    if work.guesses:
+                        self._store.advance(run, 1)
+            self._say([run for run, _, _ in going], logits[torch.tensor([start + n for _, _, start in going])])
+            right = []
+            for run, work, start in going:
+                kept[run] = n
+                if n < len(work.guesses) and run.line >= 0:
+                    self._stats.proposed += 1
+                    if run.tokens[-1] == work.guesses[n]:
+                        self._stats.kept += 1
+                        right.append((run, work, start))
+            going = right
+            if not going:
+                break
+        for n, work in enumerate(work for work, _ in speaking if work.guesses):
+            run, lookup = work.run, work.run.lookup
+            if run.line < 0 or lookup is None:
+                continue  # it is finished
+            lookup.judge(len(work.guesses), kept[run], len(run.tokens))
+            if self._store.slots:
+                if kept[run] == len(work.guesses):
+                    self._store.advance(run, work.count)
+                else:
+                    self._store.put_back(run, before, n)
 
     def _forward(self, works: list[Work]) -> tuple[Tensor, list[int]]:
         """Hidden states [tokens, dim] of the call, and where in it each sequence's last one is."""
@@ -245,10 +298,10 @@ class Engine:
             ids = torch.tensor([[run.tokens[run.computed]] for run in runs], device=device)
             hidden = self.model.hidden(ids, state=state).squeeze(1)
         else:
-            flat = [token for run, n in zip(runs, counts, strict=True) for token in run.tokens[run.computed :][:n]]
+            flat = [t for w in works for t in (*w.run.tokens[w.run.computed :][: w.count], *w.guesses)]
             ids = torch.tensor([flat], device=device)
             hidden = self.model.hidden(ids, bounds=Bounds.of_lengths(tuple(counts)), state=state)[0]
-        self._store.commit(runs, counts)
+        self._store.commit()
         return hidden, [end - 1 for end in itertools.accumulate(counts)]
 
     def _say(self, runs: list[Run], logits: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..generate import Event
 from ..generate import Request as Writer
 from ..sampling import Logprobs, Row, Sampling
+from .drafts import Lookup
 from .radix import Node
 
 MOST = 128  # answers to one request
@@ -90,11 +91,11 @@ class Run:
 
     `tokens`, of which `computed` are in the state. `tables` are its blocks, a list a group of layers, without the first
     `gone` of them; `line` is where they stand in the engine's tables; `slot` is where its state a sequence is. `node`
-    is what the prefix tree knows of its first `depth` blocks.
+    is what the prefix tree knows of its first `depth` blocks. `lookup` guesses what comes next, if anything does.
     """
 
-    def __init__(self, ticket: Ticket, writer: Writer, row: Row) -> None:
-        self.ticket, self.writer, self.row = ticket, writer, row
+    def __init__(self, ticket: Ticket, writer: Writer, row: Row, lookup: Lookup | None = None) -> None:
+        self.ticket, self.writer, self.row, self.lookup = ticket, writer, row, lookup
         self.tokens = list(ticket.request.prompt)
         self.guide = None if ticket.request.guide is None else ticket.request.guide()
         self.events: list[Event] = []  # held back until the best answers are known

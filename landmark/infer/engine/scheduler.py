@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .request import Run
@@ -13,11 +13,13 @@ from .store import Store
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The next `count` tokens of a sequence; `last` if the one after them is to be drawn."""
+    """The next `count` tokens of a sequence; `last` if the one after them is to be drawn. The last of them may be
+    `guesses`."""
 
     run: Run
     count: int
     last: bool
+    guesses: Sequence[int] = ()
 
 
 class Scheduler:
@@ -71,7 +73,8 @@ class Scheduler:
             if not self._make_room(run, run.computed + count):
                 continue
             budget -= count if run.pending > 1 else 0
-            works.append(Work(run, count, run.computed + count == len(run.tokens)))
+            guesses = self._guesses(run) if run.lookup is not None and run.pending == 1 else ()
+            works.append(Work(run, count + len(guesses), run.computed + count == len(run.tokens), guesses))
         works += self._admit(budget)
         works.sort(key=lambda work: work.count > 1)
         return works
@@ -80,6 +83,14 @@ class Scheduler:
         if run.pending == 1:
             return 1
         return self.store.stop_before(run, min(run.pending, budget))
+
+    def _guesses(self, run: Run) -> Sequence[int]:
+        """What is worth reading after the sequence's last token; nobody gives way for it."""
+        assert run.lookup is not None
+        most = min(self.chunk, run.writer.room) - 1
+        guesses = run.lookup.guess(run.tokens, most)
+        guesses = guesses[: self.store.stop_before(run, 1 + len(guesses)) - 1]
+        return guesses if self.store.reserve(run, len(run.tokens) + len(guesses)) else ()
 
     def _make_room(self, run: Run, length: int) -> bool:
         """Blocks for `length` tokens of a running sequence; the least urgent ones give theirs, itself if it is one."""

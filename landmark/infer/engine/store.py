@@ -217,18 +217,31 @@ class Store:
         self._state.lengths = lengths
         return self._state
 
-    def commit(self, runs: Sequence[Run], counts: Sequence[int]) -> None:
-        """The call of `bind` was made: remember what it computed, give back what has fallen out of windows."""
+    def commit(self) -> None:
+        """The call of `bind` was made: put the states that it left in their places."""
         left = [(slots, slots.left(self._bound, self._lent)) for slots in self.slots]
         for slots, tensors in left:
             slots.write(self._bound, tensors)
-        for run, n in zip(runs, counts, strict=True):
-            run.computed += n
-            if self.prefixes:
-                self._remember(run)
-            for g, group in enumerate(self.groups):
-                if not group.sees.everything:
-                    self._pass_by(run, g, group)
+
+    def advance(self, run: Run, n: int) -> None:
+        """`n` tokens of what was computed stay: remember them, give back what has fallen out of windows."""
+        run.computed += n
+        if self.prefixes:
+            self._remember(run)
+        for g, group in enumerate(self.groups):
+            if not group.sees.everything:
+                self._pass_by(run, g, group)
+
+    def copies(self, runs: Sequence[Run]) -> list[dict[str, Tensor]]:
+        """What is in the slots of some sequences, before a call that may have to be taken back."""
+        numbers = torch.tensor([run.slot for run in runs], device=self.device)
+        return [{name: x[numbers] for name, x in slots.all.items()} for slots in self.slots]
+
+    def put_back(self, run: Run, copies: Sequence[Mapping[str, Tensor]], n: int) -> None:
+        """A sequence's slot as it was: number `n` of `copies`."""
+        for slots, tensors in zip(self.slots, copies, strict=True):
+            for name, x in tensors.items():
+                slots.all[name][run.slot] = x[n]
 
     def _pass_by(self, run: Run, g: int, group: Group) -> None:
         past = group.sees.first(run.computed) // self.block - run.gone[g]
