@@ -96,9 +96,9 @@ def test_in_patterns() -> None:
 
 
 def test_bad_configs() -> None:
-    with pytest.raises(ValueError, match="RWKV6.head_dim is 64, which does not divide the width 96"):
+    with pytest.raises(ValueError, match=r"RWKV6\.head_dim is 64, which does not divide the width 96"):
         RWKV6.Config().build(96)
     with pytest.raises(ValueError, match="value_rank is given, but value_residual is False"):
         RWKV7.Config(value_residual=False, value_rank=8)
-    with pytest.raises(ValueError, match="RWKV7.decay_rank is 0"):
+    with pytest.raises(ValueError, match=r"RWKV7\.decay_rank is 0"):
         RWKV7.Config(decay_rank=0)
