@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..config import ModuleConfig
 from ..nn.embedding import Embedding, Head
 from ..nn.mamba import Mamba, StepInit
 from ..nn.norm import RMSNorm
@@ -29,7 +30,7 @@ def steps(keys: Keys) -> StepInit:
     )
 
 
-def decoder(keys: Keys, mixer: Mamba.Config | Any, *, tied: bool) -> Decoder.Config:
+def decoder(keys: Keys, mixer: ModuleConfig, *, tied: bool) -> Decoder.Config:
     """Layers of `mixer` alone, each behind a norm; `tied` is the family's default."""
     norm, vocab = RMSNorm.Config(eps=keys.get("layer_norm_epsilon", 1e-5)), keys["vocab_size"]
     keys.fixed("hidden_act", "silu")

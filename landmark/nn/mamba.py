@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -112,14 +110,14 @@ class Mamba(nn.Module):
         return channels * (2 * self.cfg.conv + 2 * self.parts[0] + 6 * states)
 
     def forward(self, x: Tensor, ctx: Ctx, state: SlotState | None = None) -> Tensor:
-        held: dict[str, Tensor | Any] = state.tensors if state is not None else {}
+        held = state.tensors if state is not None else {}
         x, z = self.inner(x).chunk(2, -1)
         x, last = self.conv(x, ctx.bounds, held.get("conv"), "silu")
         parts = self.select(x).split(self.parts, -1)
         if self.norms is not None:
             parts = [norm(part) for norm, part in zip(self.norms, parts, strict=True)]
         few, B, C = parts
-        A = -self.A_log.float().exp() if self.A_log.dtype != torch.float64 else -self.A_log.exp()
+        A = -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
         y, final = selective_scan(x, self.step(few), A, B, C, self.D, z, ctx.bounds, held.get("ssm"))
         if state is not None:
             state.tensors = {"conv": last, "ssm": final}

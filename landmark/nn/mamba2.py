@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -84,7 +82,7 @@ class Mamba2(nn.Module):
 
     def forward(self, x: Tensor, ctx: Ctx, state: SlotState | None = None) -> Tensor:
         c = self.cfg
-        held: dict[str, Tensor | Any] = state.tensors if state is not None else {}
+        held = state.tensors if state is not None else {}
         z, mixed, dt = self.inner(x).split(self.parts, -1)
         mixed, last = self.conv(mixed, ctx.bounds, held.get("conv"), "silu")
         x, B, C = mixed.split(self.mixed, -1)
