@@ -71,21 +71,19 @@ def _call(
 
 def _delta(
     r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, a: Tensor | None, b: Tensor | None, initial: Tensor | None,
-    spans: Tensor, whole: bool, pieces: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """log_decay, initial float32 -> y, the states after, and for backward: those before each of `pieces` (0: none), and
-    what each a found [B, T, H, N]."""
+    spans: Tensor, whole: bool, kept: Tensor | None = None, found: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """log_decay, initial float32 -> y and the states after; for backward, `kept` takes those before every STEPS tokens,
+    and `found` [B, T, H, N] what each a found in memory."""
     rows = [None if t is None else _rows(t) for t in (r, k, v, a, b, None)]
     heads, width = r.shape[2:]
     S = torch.zeros(len(spans), heads, width, width) if initial is None else initial.clone()
-    kept = torch.empty(pieces, heads, width, width)
-    found = torch.empty(r.shape if pieces and a is not None else (0,))
     y = (torch.empty if whole else torch.zeros)(r.shape, dtype=r.dtype)
     _call(
-        "delta", rows, _rows(log_decay), spans, S.data_ptr(), kept.data_ptr() if pieces else None,
-        found.data_ptr() if len(found) else None, y.data_ptr(), width=width, heads=heads,
+        "delta", rows, _rows(log_decay), spans, S.data_ptr(), None if kept is None else kept.data_ptr(),
+        None if found is None else found.data_ptr(), y.data_ptr(), width=width, heads=heads,
     )  # fmt: skip
-    return y, S, kept, found
+    return y, S
 
 
 @torch.library.custom_op("landmark::delta_rule", mutates_args=())
@@ -93,7 +91,11 @@ def _op(
     r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, a: Tensor | None, b: Tensor | None, initial: Tensor | None,
     spans: Tensor, whole: bool, pieces: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _delta(r, log_decay, k, v, a, b, initial, spans, whole, pieces)
+    """y, the states after, and what `_delta` keeps for backward of `pieces` pieces."""
+    kept = torch.empty(pieces, r.shape[2], r.shape[3], r.shape[3])
+    found = torch.empty(r.shape if pieces and a is not None else (0,))
+    given = kept if pieces else None, found if len(found) else None
+    return *_delta(r, log_decay, k, v, a, b, initial, spans, whole, *given), kept, found
 
 
 @_op.register_fake
@@ -168,7 +170,8 @@ def delta_rule(
     initial = None if initial is None else initial.float().contiguous()
     given = (r, log_decay, k, v, a, b, initial)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    if not keep and not torch.compiler.is_compiling():
+        return _delta(*given, spans(bounds), covers(bounds))
     pieces = bounds.memo(("delta", STEPS), lambda: sum(-(-n // STEPS) for _, n in bounds.sequences)) if keep else 0
-    run = _op if keep or torch.compiler.is_compiling() else _delta
-    y, final, _, _ = run(*given, spans(bounds), covers(bounds), pieces)
+    y, final, _, _ = _op(*given, spans(bounds), covers(bounds), pieces)
     return y, final

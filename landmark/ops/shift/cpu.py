@@ -62,21 +62,25 @@ def _threads(x: Tensor) -> int:
     return torch.get_num_threads() if x.numel() > ONE_THREAD else 1
 
 
-def _mix(x: Tensor, mix: Tensor, initial: Tensor | None, spans: Tensor, whole: bool) -> tuple[list[Tensor], Tensor]:
-    """mix float32, initial as x -> the mixed tokens, and the last ones."""
-    x, new = _rows(x), torch.empty if whole else torch.zeros
-    ys = [new(x.shape, dtype=x.dtype) for _ in range(len(mix))]
+def _new(x: Tensor, whole: bool, *lead: int) -> Tensor:
+    return (torch.empty if whole else torch.zeros)((*lead, *x.shape), dtype=x.dtype)
+
+
+def _mix(x: Tensor, mix: Tensor, initial: Tensor | None, spans: Tensor, ys: list[Tensor]) -> Tensor:
+    """mix float32, initial as x -> the mixed tokens, in `ys`, and the last ones."""
+    x = _rows(x)
     last = torch.empty(len(spans), x.shape[2], dtype=x.dtype)
     _kernel("mix", x.dtype)(
-        x.data_ptr(), x.stride(1), mix.data_ptr(), _pointer(initial), spans.data_ptr(), len(spans), len(mix),
+        x.data_ptr(), x.stride(1), mix.data_ptr(), _pointer(initial), spans.data_ptr(), len(spans), len(ys),
         x.shape[2], _pointers([*ys]), last.data_ptr(), _threads(x),
     )  # fmt: skip
-    return ys, last
+    return last
 
 
 @torch.library.custom_op("landmark::token_mix", mutates_args=())
 def _op(x: Tensor, mix: Tensor, initial: Tensor | None, spans: Tensor, whole: bool) -> tuple[list[Tensor], Tensor]:
-    return _mix(x, mix, initial, spans, whole)
+    ys = [_new(x, whole) for _ in range(len(mix))]
+    return ys, _mix(x, mix, initial, spans, ys)
 
 
 @_op.register_fake
@@ -129,6 +133,8 @@ def token_mix(x: Tensor, mix: Tensor, bounds: Bounds, initial: Tensor | None) ->
     """As `reference.token_mix`; sums in float32."""
     initial = None if initial is None else initial.to(x.dtype).contiguous()
     mix = mix.float().contiguous()
-    run = _op if torch.is_grad_enabled() or torch.compiler.is_compiling() else _mix
-    mixed, last = run(x, mix, initial, spans(bounds), covers(bounds))
-    return mixed, last
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        mixed, last = _op(x, mix, initial, spans(bounds), covers(bounds))
+        return mixed, last
+    ys = list(_new(x, covers(bounds), len(mix)).unbind())
+    return ys, _mix(x, mix, initial, spans(bounds), ys)
