@@ -70,7 +70,7 @@ def run(lab: Lab) -> Outcome:
         ),
         exceeds(
             "experts of a quarter of the size, four times as many, and one shared, are better than coarse ones",
-            "2401.06066, sec. 4.3, figure 3", "nats per byte of coarse and of fine experts",
+            "2401.06066, sec. 4.4, figure 3", "nats per byte of coarse and of fine experts",
             nats["coarse"], nats["fine, shared"],
         ),
         reaches(

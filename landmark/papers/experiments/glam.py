@@ -66,7 +66,7 @@ def run(lab: Lab) -> Outcome:
     findings = [
         exceeds(
             "with every other layer sparse, the loss is below that of a dense model of as many active FLOPs",
-            "sec. 5, figure 4", "nats per byte of the dense model and GLaM", nats["dense"], nats["GLaM"],
+            "sec. 6.3", "nats per byte of the dense model and GLaM", nats["dense"], nats["GLaM"],
         ),
         exceeds(
             "the auxiliary loss evens the load of experts", "sec. 4", "busiest expert / mean without and with it",
