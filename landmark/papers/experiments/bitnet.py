@@ -44,7 +44,7 @@ def as_ternary(model: Decoder) -> Decoder:
 
 
 def run(lab: Lab) -> Outcome:
-    steps = 5000 if lab.full else 400
+    steps = 5000 if lab.full else 300
     cells = lab.grid(train_both, [{"dim": d, "steps": steps, "seed": s} for s in lab.seeds for d in DIMS])
     nats = {(kind, d): column(cells, kind, dim=d) for kind in ("full", "ternary", "rounded") for d in DIMS}
     gap = {d: [t - f for t, f in zip(nats["ternary", d], nats["full", d], strict=True)] for d in DIMS}

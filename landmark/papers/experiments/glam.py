@@ -59,7 +59,7 @@ def routing(model: Decoder) -> Cell:
 
 
 def run(lab: Lab) -> Outcome:
-    steps = 5000 if lab.full else 500
+    steps = 5000 if lab.full else 300
     cells = lab.grid(train_variant, [{"variant": v, "steps": steps, "seed": s} for s in lab.seeds for v in SECOND])
     nats, load, dropped = ({v: column(cells, name, variant=v) for v in SECOND} for name in ("nats", "load", "dropped"))
     flops = {v: column(cells, "flops", variant=v)[0] for v in SECOND}

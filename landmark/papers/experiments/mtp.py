@@ -69,7 +69,7 @@ def counts() -> Tensor:
 
 
 def run(lab: Lab) -> Outcome:
-    steps = 5000 if lab.full else 500
+    steps = 5000 if lab.full else 300
     kinds = ("none", *KINDS)
     cells = lab.grid(train_variant, [{"kind": k, "steps": steps, "seed": s} for s in lab.seeds for k in kinds])
     nats = {k: column(cells, "nats", kind=k) for k in kinds}

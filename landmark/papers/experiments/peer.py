@@ -58,7 +58,7 @@ def train_variant(variant: str, steps: int, seed: int) -> Cell:
 
 
 def run(lab: Lab) -> Outcome:
-    steps = 5000 if lab.full else 500
+    steps = 5000 if lab.full else 300
     found = lab.grid(search, [{"seed": s} for s in lab.seeds])
     cells = lab.grid(train_variant, [{"variant": v, "steps": steps, "seed": s} for s in lab.seeds for v in VARIANTS])
     nats = {v: column(cells, "nats", variant=v) for v in VARIANTS}

@@ -48,7 +48,7 @@ def busiest(model: Decoder) -> float:
 
 
 def run(lab: Lab) -> Outcome:
-    steps = 5000 if lab.full else 500
+    steps = 5000 if lab.full else 300
     cells = lab.grid(train_variant, [{"variant": v, "steps": steps, "seed": s} for s in lab.seeds for v in VARIANTS])
     nats, load = ({v: column(cells, name, variant=v) for v in VARIANTS} for name in ("nats", "load"))
     flops = {v: column(cells, "flops", variant=v)[0] for v in VARIANTS}
