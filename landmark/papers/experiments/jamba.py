@@ -80,4 +80,4 @@ def run(lab: Lab) -> Outcome:
     return Outcome(findings, table, note=note)
 
 
-EXPERIMENT = Experiment("A10", "jamba", "One layer of attention among Mamba layers restores recall", run, 3)
+EXPERIMENT = Experiment("A10", "jamba", "One layer of attention among Mamba layers restores recall", run, 1)

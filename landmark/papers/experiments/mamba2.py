@@ -104,4 +104,4 @@ def run(lab: Lab) -> Outcome:
     return Outcome(findings, table, plot, note)
 
 
-EXPERIMENT = Experiment("A3", "mamba2", "State spaces are masked attention, and larger states recall more", run, 4)
+EXPERIMENT = Experiment("A3", "mamba2", "State spaces are masked attention, and larger states recall more", run, 1)

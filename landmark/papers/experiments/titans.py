@@ -87,4 +87,4 @@ def run(lab: Lab) -> Outcome:
     return Outcome(findings, table, note=note)
 
 
-EXPERIMENT = Experiment("A5", "titans", "A neural memory recalls needles beyond the attention window", run, 3)
+EXPERIMENT = Experiment("A5", "titans", "A neural memory recalls needles beyond the attention window", run, 1.5)
