@@ -59,7 +59,7 @@ class Generation(Body):
 
     top_k: Annotated[StrictInt, Field(ge=-1, le=LARGEST)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: StrictBool = False
     best_of: Annotated[StrictInt, Field(ge=1, le=128)] | None = None

@@ -103,7 +103,7 @@ class Served:
             raise bad(f"{len(stop)} stop strings; 64 at most", "stop")
         own = () if body.ignore_eos else ends
         changes: dict[str, Any] = {
-            "temperature": body.temperature, "top_p": body.top_p, "min_p": body.min_p, "seed": body.seed,
+            "temperature": cool(body.temperature),"top_p": body.top_p, "min_p": body.min_p, "seed": body.seed,
             "top_k": None if body.top_k is None else max(body.top_k, 0), "stop": stop, "max_tokens": max_tokens,
             "presence_penalty": body.presence_penalty, "frequency_penalty": body.frequency_penalty,
             "repetition_penalty": body.repetition_penalty, "stop_ids": (*own, *(body.stop_token_ids or ())),
@@ -227,6 +227,11 @@ class ServedEncoder:
     name: str
     encoder: SentenceEncoder
     created: int = field(default_factory=lambda: int(time.time()))
+
+
+def cool(temperature: float | None) -> float | None:
+    """So little heat that numbers would overflow is none."""
+    return 0.0 if temperature is not None and temperature < 1e-4 else temperature
 
 
 def as_plain(message: Message) -> dict[str, Any]:

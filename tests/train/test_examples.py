@@ -23,6 +23,7 @@ TINY: dict[str, dict[str, Any]] = {
     "roberta": SMALL,
     "albert": SMALL | {"embedding_size": 16},
     "llama": SMALL,
+    "mtp": SMALL,
     "hybrid": {"dim": 32, "parts.window.window": 9, "parts.moe.experts": 4},
     "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64},
     "transformer": {"d_model": 32} | {f"{s}_{k}": v for s in ("encoder", "decoder") for k, v in (
@@ -31,7 +32,7 @@ TINY: dict[str, dict[str, Any]] = {
 METRICS = {
     "bert": "pair_accuracy", "roberta": "accuracy", "albert": "pair_accuracy", "llama": "bits_per_byte",
     "gpt2": "bits_per_byte", "transformer": "bits_per_byte", "classify": "accuracy",
-    "hybrid": "bits_per_byte",
+    "hybrid": "bits_per_byte", "mtp": "draft_1",
 }  # fmt: skip
 
 
@@ -87,7 +88,7 @@ def test_examples(path: Path, texts: Path, tmp_path: Path) -> None:
     assert all(map(torch.isfinite, map(torch.tensor, run.evaluated[1].values())))
     loaded = landmark.load(tmp_path / "whole")
     assert loaded.cfg == run.model.cfg and loaded.origin is not None
-    native = path.stem == "hybrid"  # the others have a class that other libraries know
+    native = path.stem in ("hybrid", "mtp")  # the others have a class that other libraries know
     assert (loaded.origin.hf["architectures"][0] == "LandmarkModel") == native
     more.append(f"tokenizer.path={tmp_path / 'whole'}")  # Unigram's trainer does not give the same twice
     with pytest.raises(Stopped):
