@@ -17,6 +17,8 @@ from landmark.nn.mamba2 import Mamba2
 from landmark.nn.neural_memory import NeuralMemory
 from landmark.nn.persistent import PersistentAttention
 from landmark.nn.rope import Rope
+from landmark.nn.rwkv4 import RWKV4
+from landmark.nn.rwkv7 import RWKV7
 from landmark.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from landmark.nn.ttt import TTTLinear
 
@@ -64,6 +66,8 @@ MIXERS: dict[str, tuple[ModuleConfig, ...]] = {  # of the layers, in turn
     "recurrence and attention": (Decay.Config(), ATTENTION),
     "mamba": (Mamba.Config(state=4),),
     "mamba-2 and attention": (Mamba2.Config(heads=4, head_dim=16, state=8, chunk=8), ATTENTION),
+    "rwkv-4": (RWKV4.Config(),),
+    "rwkv-7 and attention": (RWKV7.Config(head_dim=16), ATTENTION),
     "test-time training": (TTTLinear.Config(heads=2, batch=4),),
     "memory": (MEMORY,),
     "memory as gate": (MemoryAsGate.Config(attention=ATTENTION, memory=MEMORY),),
