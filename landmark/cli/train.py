@@ -27,7 +27,8 @@ def train(
     """Train a model. The smallest run.toml has two lines: out = "runs/first" and steps = 500.
 
     What to learn is [objective] type = "...": CausalLM (the default), MaskedLM, Seq2Seq, SequenceClassification,
-    TokenClassification, SpanExtraction, GenerativeFineTuning or MultiToken. The published recipes are in examples/.
+    TokenClassification, SpanExtraction, MultipleChoice, GenerativeFineTuning or MultiToken. The published recipes are
+    in examples/.
 
     Several processes on this machine: torchrun --nproc-per-node 2 -m landmark.cli.main train run.toml
     """

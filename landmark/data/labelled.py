@@ -78,7 +78,8 @@ class LabelledBatches(Iterator[LabelledBatch]):
 
     `examples`: a sequence, or a function from the number of the epoch to one, which gives the same for the same number
     (sentence pairs that are drawn anew). `rows` is the size of a batch over all processes; the last one may be smaller,
-    and leaves out what processes cannot share evenly.
+    and leaves out what processes cannot share evenly. Where `together` examples that follow each other are one (the
+    choices of a question), `rows` counts these, and they stay together.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class LabelledBatches(Iterator[LabelledBatch]):
         width: int | None = None,
         seed: int = 0,
         epochs: int | None = None,
+        together: int = 1,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -97,6 +99,7 @@ class LabelledBatches(Iterator[LabelledBatch]):
             raise ValueError(f"{rows} rows for rank {rank} of {world} processes: rows must be a multiple of processes")
         self._examples, self._rows, self._pad, self._width = examples, rows, pad, width
         self._seed, self._epochs, self._rank, self._world = seed, epochs, rank, world
+        self._together = together
         self._load(0, 0)
 
     def _load(self, epoch: int, used: int) -> None:
@@ -104,11 +107,14 @@ class LabelledBatches(Iterator[LabelledBatch]):
         found = self._examples(epoch) if callable(self._examples) else self._examples
         if not found:
             raise ValueError("there are no examples to train on")
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(found))
-        self._order = [found[i] for i in order]
+        n = self._together
+        if len(found) % n:
+            raise ValueError(f"{len(found)} examples are no whole groups of {n}")
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(found) // n)
+        self._order = [found[n * i : n * (i + 1)] for i in order]
 
     def __next__(self) -> LabelledBatch:
-        taken: list[Example] = []
+        taken: list[Sequence[Example]] = []
         while len(taken) < self._rows and (self._epochs is None or self._epoch < self._epochs):
             part = self._order[self._used : self._used + self._rows - len(taken)]
             taken += part
@@ -118,8 +124,9 @@ class LabelledBatches(Iterator[LabelledBatch]):
         share = len(taken) // self._world
         if not share:
             raise StopIteration
-        width = self._width or max(len(example.tokens) for example in taken)
-        return collate(taken[self._rank * share : (self._rank + 1) * share], pad=self._pad, width=width)
+        width = self._width or max(len(example.tokens) for group in taken for example in group)
+        mine = taken[self._rank * share : (self._rank + 1) * share]
+        return collate([example for group in mine for example in group], pad=self._pad, width=width)
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self._epoch, "used": self._used, "seed": self._seed}

@@ -64,6 +64,17 @@ def test_batches_resume_and_are_shared_out() -> None:
         LabelledBatches([], 2)
 
 
+def test_what_belongs_together_stays_together() -> None:
+    examples = [Example([i], label=i // 3) for i in range(30)]
+    batches = list(LabelledBatches(examples, 4, seed=3, epochs=1, together=3))
+    assert [len(batch.tokens) for batch in batches] == [12, 12, 6]
+    seen = tokens_of(batches)
+    assert sorted(seen) == list(range(30)) and seen != sorted(seen)
+    assert all(seen[i] % 3 == 0 and seen[i : i + 3] == [*range(seen[i], seen[i] + 3)] for i in range(0, 30, 3))
+    with pytest.raises(ValueError, match="no whole groups of 4"):
+        LabelledBatches(examples, 4, together=4)
+
+
 def test_sentences() -> None:
     text = "One is here. Is two? Yes!\nThree lines\non.\n\nFour v1.5 ends\n\n\n"
     assert sentences(text) == ["One is here.", "Is two?", "Yes!", "Three lines\non.", "Four v1.5 ends"]

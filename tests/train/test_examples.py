@@ -31,7 +31,7 @@ TINY: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 METRICS = {
     "bert": "pair_accuracy", "roberta": "accuracy", "albert": "pair_accuracy", "llama": "bits_per_byte",
-    "gpt2": "bits_per_byte", "transformer": "bits_per_byte", "classify": "accuracy",
+    "gpt2": "bits_per_byte", "transformer": "bits_per_byte", "classify": "accuracy", "choose": "accuracy",
     "hybrid": "bits_per_byte", "mtp": "draft_1",
 }  # fmt: skip
 
@@ -46,6 +46,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     rows = [{"text": f"It was a {('bad', 'good')[i % 2]} film, {i}.", "label": ("no", "yes")[i % 2]} for i in range(80)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = [{"context": f"Day {i} was", "choices": ["hot.", "a fish."], "answer": "hot."} for i in range(80)]
+    (folder / "asked.jsonl").write_text("".join(json.dumps(question) + "\n" for question in asked))
     return folder
 
 
@@ -54,6 +56,7 @@ def tiny(name: str, texts: Path, out: Path) -> list[str]:
     corpora = {
         "transformer": [f"data.corpus={texts / 'pairs.jsonl'}", "data.text=source", "data.target=target"],
         "classify": [f"data.corpus={texts / 'rows.jsonl'}"],
+        "choose": [f"data.corpus={texts / 'asked.jsonl'}"],
     }
     return [
         f"out={out}", "steps=3", "peak_flops=1e12", "schedule.warmup=1", "tokenizer.vocab_size=400", "data.rows=4",
@@ -80,7 +83,7 @@ def test_examples(path: Path, texts: Path, tmp_path: Path) -> None:
         return parse(TrainConfig, override(read_toml(path), [*tiny(path.stem, texts, tmp_path / name), *more]))
 
     more: list[str] = []
-    if path.stem == "classify":
+    if path.stem in ("classify", "choose"):
         train(read("bert", path.with_name("bert.toml")))
         more = [f"model={tmp_path / 'bert'}"]
     run = train(read("whole"))

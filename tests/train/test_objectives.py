@@ -42,6 +42,11 @@ ANSWERS = [
     for c in CONTEXTS
 ]
 
+ASKED = [
+    {"context": f"Day {i} was", "choices": [("wet", "odd")[(i + j) % 2] + f" {j}." for j in range(3)], "answer": i % 3}
+    for i in range(60)
+]
+
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -153,6 +158,38 @@ def test_spans_are_the_tokens_of_the_answer(tmp_path: Path) -> None:
     assert (cut.labels <= 0).all()  # answers that lie behind the end are not learned
 
 
+def test_choices_of_a_question_stay_together(tmp_path: Path) -> None:
+    corpus = str(write(tmp_path / "rows.jsonl", ASKED))
+    made = config(tmp_path / "out", corpus, {"type": "MultipleChoice", "choices": 3})
+    prepared, model, batch = begin(made)
+    assert batch.tokens.shape[0] == 3 * 4 and model.cfg.main == "choose"
+    pairs = zip(batch.tokens, batch.segments, strict=True)
+    texts = [prepared.tokenizer.decode(ids[kept > 0].tolist()) for ids, kept in pairs]
+    days = [int(re.findall(r"day (\d+)", text)[0]) for text in texts]
+    assert all(days[i : i + 3] == [days[i]] * 3 and batch.labels[i] == days[i] % 3 for i in range(0, 12, 3))
+    assert len({*days}) == 4 and batch.types.unique().tolist() == [0, 1]
+
+
+def test_choices_are_learned(tmp_path: Path) -> None:
+    """The one that is wet, wherever it stands, which chance finds in one of three."""
+    rows = [
+        {"context": f"day {i} was", "choices": [("odd", "wet")[i % 3 == j] for j in range(3)], "answer": i % 3}
+        for i in range(200)
+    ]
+    made = config(
+        tmp_path / "out", str(write(tmp_path / "rows.jsonl", rows)), {"type": "MultipleChoice", "choices": 3},
+        steps=40, data={"rows": 8}, optimizer={"type": "AdamW", "lr": 3e-3},
+        model={**BERT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    )  # fmt: skip
+    run = train(made)
+    assert run.evaluated is not None and run.evaluated[1]["accuracy"] > 0.9
+    hf = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert hf["architectures"] == ["BertForMultipleChoice"]
+    more = config(tmp_path / "more", made.data.corpus, {"type": "MultipleChoice", "choices": 3}, model=str(run.out))
+    weight = begin(more)[1].heads["choose"].linear.weight
+    assert torch.equal(weight, run.model.state_dict()["heads.choose.linear.weight"])  # the head goes on
+
+
 def test_generative_fine_tuning(tmp_path: Path) -> None:
     corpus = str(write(tmp_path / "rows.jsonl", REVIEWS))
     table = {**LLAMA, "tie_word_embeddings": False}
@@ -230,11 +267,15 @@ def test_nothing_that_is_held_out_is_trained_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "objective", ["MaskedLM", {"type": "MaskedLM", "pairs": "nsp"}, "SequenceClassification", "TokenClassification"]
-)
+    "objective",
+    [
+        "MaskedLM", {"type": "MaskedLM", "pairs": "nsp"}, "SequenceClassification", "TokenClassification",
+        {"type": "MultipleChoice", "choices": 3},
+    ],
+)  # fmt: skip
 def test_processes_share_the_batches_of_one(tmp_path: Path, objective: Any) -> None:
-    rows = CITIES if objective == "TokenClassification" else REVIEWS
-    corpus = str(write(tmp_path / "rows.jsonl", rows)) if "Class" in str(objective) else texts(tmp_path)
+    rows = {"TokenClassification": CITIES, "SequenceClassification": REVIEWS}.get(str(objective), ASKED)
+    corpus = texts(tmp_path) if "MaskedLM" in str(objective) else str(write(tmp_path / "rows.jsonl", rows))
     model = {**BERT, "architectures": ["BertForPreTraining"]}
     prepared, made, batch = begin(config(tmp_path / "out", corpus, objective, model=model))
     shares = [next(prepared.pipeline.batches(made, World(rank, 2, ALONE.device))) for rank in (0, 1)]
@@ -245,6 +286,7 @@ def test_processes_share_the_batches_of_one(tmp_path: Path, objective: Any) -> N
 
 
 ROW = {"text": "a b c", "label": "x"}
+CHOOSE = {"type": "MultipleChoice", "choices": 3}
 BAD_ROWS: list[tuple[Any, Any, str]] = [
     ("SequenceClassification", [ROW, {"text": "b"}], r"rows.jsonl, line 2 has no label; give it 'label'"),
     ("SequenceClassification", [ROW, {"label": "x", "txt": "b"}], r"line 2 has no 'text'; did you mean 'txt'\?"),
@@ -257,6 +299,12 @@ BAD_ROWS: list[tuple[Any, Any, str]] = [
     ("TokenClassification", [{"tokens": "a b", "tags": ["O"]}] * 2, r"line 1: 'tokens' is 'a b'; it must be a list"),
     ("SpanExtraction", [{**ANSWERS[0], "answers": "Peter"}, ANSWERS[1]], r"line 1: answers are 'Peter'; write"),
     ("SpanExtraction", [{**ANSWERS[0], "context": "no one"}, ANSWERS[1]], r"the answer 'Peter Smith' does not stand"),
+    ("MultipleChoice", ASKED, r"line 1 has 3 choices, but objective.choices is 4"),
+    (CHOOSE, [ASKED[0], {**ASKED[1], "answer": 3}], r"line 2: the answer is 3; it must be one of the choices, or its"),
+    (CHOOSE, [ASKED[0], {**ASKED[1], "answer": "no"}], r"line 2: the answer is 'no'; it must be one of the choices"),
+    (CHOOSE, [ASKED[0], {**ASKED[1], "choices": "abc"}], r"line 2: 'choices' is 'abc'; it must be a list of texts"),
+    (CHOOSE, [ASKED[0], {"context": "a", "choices": ["b"] * 3}], r"line 2 has no label; give it 'answer'"),
+    (CHOOSE, [ASKED[0], {"contxt": "a"}], r"line 2 has no 'context'; did you mean 'contxt'\?"),
 ]  # fmt: skip
 
 
@@ -278,6 +326,8 @@ def test_bad_rows(tmp_path: Path, objective: Any, rows: list[Any], message: str)
         ({"type": "MaskedLM", "pairs": "cat"}, BERT, r"objective.pairs is 'cat'"),
         ({"type": "MaskedLM", "replaced": 0.9, "random": 0.2}, BERT, r"objective.replaced is 0.9 and objective.random"),
         ({"type": "SpanExtraction", "labels": ["a"]}, BERT, r"objective.labels are for classes"),
+        ({"type": "MultipleChoice", "labels": ["a"]}, BERT, r"objective.labels are for classes"),
+        ({"type": "MultipleChoice", "choices": 1}, BERT, r"objective.choices is 1; a question has at least 2"),
     ],
 )
 def test_objectives_and_models_that_do_not_fit(tmp_path: Path, objective: Any, model: Any, message: str) -> None:

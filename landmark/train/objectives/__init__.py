@@ -5,6 +5,7 @@ from __future__ import annotations
 from .ahead import MultiToken
 from .base import ObjectiveConfig
 from .causal import CausalLM
+from .choices import MultipleChoice
 from .generative import GenerativeFineTuning
 from .masked import MaskedLM
 from .seq2seq import Seq2Seq
@@ -13,7 +14,6 @@ from .spans import SpanExtraction
 from .tags import TokenClassification
 
 __all__ = [
-    "CausalLM", "GenerativeFineTuning", "MaskedLM", "MultiToken", "ObjectiveConfig", "Seq2Seq",
-    "SequenceClassification",
-    "SpanExtraction", "TokenClassification",
+    "CausalLM", "GenerativeFineTuning", "MaskedLM", "MultiToken", "MultipleChoice", "ObjectiveConfig", "Seq2Seq",
+    "SequenceClassification", "SpanExtraction", "TokenClassification",
 ]  # fmt: skip

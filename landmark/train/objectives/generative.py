@@ -81,7 +81,7 @@ class LabelledTexts(Labelled[GenerativeFineTuning]):
             raise ValueError(f"the model's labels are {sorted(self.index(model))}; it does not know {unknown[0]!r}")
         return model
 
-    def example(self, row: Row, index: Mapping[str, int]) -> Example:
+    def of_row(self, row: Row, index: Mapping[str, int]) -> list[Example]:
         tokenizer, texts = self.prepared.tokenizer, self.texts_of(row)
         begin, end = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id, tokenizer.eos_id
         if begin is None or end is None:
@@ -95,4 +95,4 @@ class LabelledTexts(Labelled[GenerativeFineTuning]):
                 f"data.length is {self.data.length}, in which a text and its frame do not fit; choose more"
             )
         (name,) = self.names_in(row)
-        return Example(ids, label=index[name], targets=[*ids[1:], IGNORE])
+        return [Example(ids, label=index[name], targets=[*ids[1:], IGNORE])]

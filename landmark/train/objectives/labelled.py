@@ -96,7 +96,11 @@ L_co = TypeVar("L_co", bound=LabelledConfig, covariant=True)
 
 
 class Labelled(Pipeline[L_co]):
-    """Rows, each an example, all in memory."""
+    """Rows, each an example, or `together` of them, all in memory."""
+
+    @property
+    def together(self) -> int:
+        return 1
 
     @cached_property
     def parts(self) -> dict[str, list[Row]]:
@@ -162,26 +166,27 @@ class Labelled(Pipeline[L_co]):
         return SameData(
             LabelledBatches(
                 self.examples("train", model), self.data.rows, pad=self.prepared.tokenizer.pad_id or 0, seed=self.seed,
-                epochs=self.data.epochs, rank=here.rank, world=here.size,
+                epochs=self.data.epochs, together=self.together, rank=here.rank, world=here.size,
             ),
             self.fingerprint,
         )  # fmt: skip
 
     def held_out(self, model: Model) -> Iterator[LabelledBatch]:
         if examples := self.examples("held-out", model):
-            yield from LabelledBatches(examples, self.data.rows, pad=self.prepared.tokenizer.pad_id or 0, epochs=1)
+            pad = self.prepared.tokenizer.pad_id or 0
+            yield from LabelledBatches(examples, self.data.rows, pad=pad, epochs=1, together=self.together)
 
     def examples(self, part: str, model: Model) -> list[Example]:
         index = self.index(model)
-        return untyped([self.example(row, index) for row in self.parts[part]], model)
+        return untyped([example for row in self.parts[part] for example in self.of_row(row, index)], model)
 
     @abstractmethod
     def names_in(self, row: Row) -> Iterable[str]:
         """The labels that a row names."""
 
     @abstractmethod
-    def example(self, row: Row, index: Mapping[str, int]) -> Example:
-        """A row in ids."""
+    def of_row(self, row: Row, index: Mapping[str, int]) -> list[Example]:
+        """A row in ids: `together` examples."""
 
 
 def paths(corpus: str | tuple[str, ...]) -> list[str]:

@@ -54,10 +54,10 @@ class Sequences(Labelled[SequenceClassification]):
     def with_head(self, model: Encoder) -> Model:
         return for_task(model, self.objective.task, self.names, problem_type=self.objective.problem)
 
-    def example(self, row: Row, index: Mapping[str, int]) -> Example:
+    def of_row(self, row: Row, index: Mapping[str, int]) -> list[Example]:
         pair = self.objective.pair
         encoded = self.framer(row.text(self.data.text), None if pair is None else row.text(pair))
-        return Example(encoded.ids, label=self.label(row, index), types=encoded.type_ids)
+        return [Example(encoded.ids, label=self.label(row, index), types=encoded.type_ids)]
 
     def label(self, row: Row, index: Mapping[str, int]) -> Any:
         names, problem = list(self.names_in(row)), self.objective.problem

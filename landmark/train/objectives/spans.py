@@ -59,11 +59,11 @@ class Spans(Labelled[SpanExtraction]):
     def with_head(self, model: Encoder) -> Model:
         return for_task(model, self.objective.task)
 
-    def example(self, row: Row, index: Mapping[str, int]) -> Example:
+    def of_row(self, row: Row, index: Mapping[str, int]) -> list[Example]:
         question, context = row.text(self.objective.question), row.text(self.objective.context)
         encoded, span = self.framer(question, context, cut_second=True), self.span(row, context)
         if span is None:
-            return Example(encoded.ids, label=[0, 0], types=encoded.type_ids)
+            return [Example(encoded.ids, label=[0, 0], types=encoded.type_ids)]
         start, end = span
         inside = [
             i
@@ -72,7 +72,7 @@ class Spans(Labelled[SpanExtraction]):
         ]
         last = max((b for i, (_, b) in enumerate(encoded.offsets) if encoded.sequence_ids[i] == 1), default=0)
         label = [inside[0], inside[-1]] if inside and last >= end else [IGNORE, IGNORE]
-        return Example(encoded.ids, label=label, types=encoded.type_ids)
+        return [Example(encoded.ids, label=label, types=encoded.type_ids)]
 
     def span(self, row: Row, context: str) -> tuple[int, int] | None:
         """Where the first answer begins and ends, in characters."""

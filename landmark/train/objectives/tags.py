@@ -48,10 +48,10 @@ class Tags(Labelled[TokenClassification]):
             raise ValueError(f"{row.where} has {len(words)} words, and needs a list of as many {self.objective.label}")
         return map(str, tags)
 
-    def example(self, row: Row, index: Mapping[str, int]) -> Example:
+    def of_row(self, row: Row, index: Mapping[str, int]) -> list[Example]:
         tags, encoded = list(self.names_in(row)), self.framer(self.words(row))
         targets, before = [], None
         for word in encoded.word_ids:
             targets.append(IGNORE if word is None or word == before else index[tags[word]])
             before = word
-        return Example(encoded.ids, targets=targets, types=encoded.type_ids)
+        return [Example(encoded.ids, targets=targets, types=encoded.type_ids)]
