@@ -214,6 +214,7 @@ register(
         sizes={
             "deberta-base": {**V1, **size(50265, 768, 12)},
             "deberta-large": {**V1, **size(50265, 1024, 24)},
+            "deberta-xlarge": {**V1, **size(50265, 1024, 48)},
         },
     )
 )  # fmt: skip
@@ -230,9 +231,11 @@ register(
         sizes={
             "deberta-v2-xlarge": {**V2, **CONVOLUTION, **size(128100, 1536, 24)},
             "deberta-v2-xxlarge": {**V2, **CONVOLUTION, **size(128100, 1536, 48)},
+            "deberta-v3-xsmall": {**V2, **size(128100, 384, 12)},
             "deberta-v3-small": {**V2, **size(128100, 768, 6)},
             "deberta-v3-base": {**V2, **size(128100, 768, 12)},
             "deberta-v3-large": {**V2, **size(128100, 1024, 24)},
+            "mdeberta-v3-base": {**V2, **size(251000, 768, 12)},
         },
     )
 )  # fmt: skip

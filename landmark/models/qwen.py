@@ -56,10 +56,12 @@ QWEN2_SIZES = {
     "qwen2.5-32b": size(5120, 27648, 64, 40, 8, **published("qwen2", 152064, 131072, eps=1e-5)),
     "qwen2.5-72b": size(8192, 29568, 80, 64, 8, **published("qwen2", 152064, 131072, eps=1e-5)),
 }
+LONG = {"max_position_embeddings": 262144, "rope_theta": 5e6}
 QWEN3_SIZES = {
     "qwen3-0.6b": size(1024, 3072, 28, 16, 8, **third(tied=True)),
     "qwen3-1.7b": size(2048, 6144, 28, 16, 8, **third(tied=True)),
     "qwen3-4b": size(2560, 9728, 36, 32, 8, **third(tied=True)),
+    "qwen3-4b-2507": size(2560, 9728, 36, 32, 8, **third(tied=True) | LONG),
     "qwen3-8b": size(4096, 12288, 36, 32, 8, **third(tied=False)),
     "qwen3-14b": size(5120, 17408, 40, 40, 8, **third(tied=False)),
     "qwen3-32b": size(5120, 25600, 64, 64, 8, **third(tied=False)),

@@ -12,6 +12,8 @@ import landmark
 from landmark.models.deberta import with_mask_decoder, without_mask_decoder
 from landmark.models.encoder import Encoder
 from landmark.nn.disentangled import RelativePositions
+from landmark.nn.linear import count
+from landmark.weights.checkpoint import describe
 
 from .encoders import BASE, batch, check_encoder, check_packing, check_sizes
 from .families import close, perturb
@@ -60,10 +62,24 @@ def test_variants_v2(name: str, tmp_path: Path) -> None:
 
 
 def test_sizes() -> None:
-    for name in ("deberta-base", "deberta-large"):
-        check_sizes(name, DebertaConfig, DebertaForMaskedLM)
-    for name in ("v2-xlarge", "v2-xxlarge", "v3-small", "v3-base", "v3-large"):
+    for name in ("base", "large", "xlarge"):
+        check_sizes(f"deberta-{name}", DebertaConfig, DebertaForMaskedLM)
+    for name in ("v2-xlarge", "v2-xxlarge", "v3-xsmall", "v3-small", "v3-base", "v3-large"):
         check_sizes(f"deberta-{name}", DebertaV2Config, DebertaV2ForMaskedLM)
+    check_sizes("mdeberta-v3-base", DebertaV2Config, DebertaV2ForMaskedLM)
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "table"),  # millions of parameters, as the models' cards give them
+    [("deberta-v3-xsmall", 22, 48), ("deberta-v3-small", 44, 98), ("deberta-v3-base", 86, 98),
+     ("deberta-v3-large", 304, 131), ("mdeberta-v3-base", 86, 190)],
+)  # fmt: skip
+def test_body_and_table_are_the_published_ones(name: str, body: int, table: int) -> None:
+    with torch.device("meta"):
+        model = describe(name)[0].build()
+    assert isinstance(model, Encoder) and model.relative is not None
+    assert count(model.layers) + count(model.relative) == pytest.approx(body * 1e6, rel=0.035)
+    assert count(model.embed) == pytest.approx(table * 1e6, rel=0.03)
 
 
 def test_every_distance_has_the_reference_bucket() -> None:
