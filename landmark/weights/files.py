@@ -70,15 +70,19 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         path = directory / name
         if not path.exists():
             raise ValueError(f"{path} is missing, but {INDEX} names it; fetch it again")
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():
-                    tensors[key] = file.get_tensor(key)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{path} is truncated or corrupt ({error}); fetch it again") from None
+        tensors |= read_file(path)
     if missing := sorted(where.keys() - tensors.keys()):
         raise ValueError(f"{directory}: {INDEX} promises the tensor {missing[0]!r}, which no file holds")
     return tensors
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, mapped from disk."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is truncated or corrupt ({error}); fetch it again") from None
 
 
 def write_tensors(directory: Path, tensors: Mapping[str, Tensor], *, shard_bytes: int) -> None:
@@ -94,12 +98,7 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor], *, shard_bytes
     total = len(shards)
     names = [SINGLE] if total == 1 else [f"model-{n:05}-of-{total:05}.safetensors" for n in range(1, total + 1)]
     for name, shard in zip(names, shards, strict=True):
-        ready = {key: tensor.detach().to("cpu").contiguous() for key, tensor in shard.items()}
-        try:
-            with beside(directory / name) as temporary:
-                save_file(_unshared(ready), temporary, metadata={"format": "pt"})
-        except (OSError, SafetensorError) as error:
-            raise OSError(f"cannot write {directory / name}: {error}; what stood there before is untouched") from None
+        write_file(directory / name, shard)
     if total > 1:
         where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         size = sum(tensor.nbytes for tensor in tensors.values())
@@ -109,6 +108,16 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor], *, shard_bytes
     for path in directory.glob("model*.safetensors"):
         if path.name not in names:
             path.unlink()
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file."""
+    ready = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+    try:
+        with beside(path) as temporary:
+            save_file(_unshared(ready), temporary, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}: {error}; what stood there before is untouched") from None
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
