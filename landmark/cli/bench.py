@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -71,3 +71,83 @@ def serve(
     )
     for told in report["errors"]:
         console.print(told, style="red", markup=False)
+
+
+@app.command()
+def soak(
+    models: Annotated[list[str] | None, typer.Argument(help="What to serve, as in landmark serve.")] = None,
+    url: Annotated[str | None, typer.Option(help="A server that runs already, in place of MODELS.")] = None,
+    model: Annotated[str | None, typer.Option(help="Which of its models; default: the first decoder.")] = None,
+    minutes: Annotated[float, typer.Option(min=0.05)] = 10.0,
+    clients: Annotated[int, typer.Option(min=1, help="At once.")] = 16,
+    checked: Annotated[int, typer.Option(min=1, help="Answers that are compared with those given alone.")] = 200,
+    memory: Annotated[float, typer.Option(help="GiB of the server's for state; little, so that it fills up.")] = 0.03,
+    max_batch: Annotated[int, typer.Option(min=1, help="Of the server.")] = 64,
+    dtype: Annotated[
+        str, typer.Option(help="Of the server; rounded to fewer bits, batches change answers.")
+    ] = "float32",
+    draft: Annotated[str | None, typer.Option(help="Of the server.")] = None,
+    seed: int = 0,
+    key: Annotated[str | None, typer.Option(help="API key.", envvar="LANDMARK_API_KEY")] = None,
+    out: Annotated[Path | None, typer.Option(help="A file for the report, as JSON.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Minutes of mixed traffic: clients that ask, leave, dawdle and err. Fails where the server fails, answers wrongly,
+    keeps anything or grows.
+
+    landmark bench soak runs/quickstart --minutes 10
+    """
+    import asyncio
+    from contextlib import nullcontext
+
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ..serve.soak import Soak, serving
+    from ..serve.soak import soak as run
+    from ..weights.files import beside
+
+    if bool(models) == (url is not None):
+        raise ValueError("give either models to serve, or the --url of a server that runs")
+    wanted = Soak(minutes=minutes, clients=clients, checked=checked, seed=seed)
+    options = ["--memory", str(memory), "--max-batch", str(max_batch), "--dtype", dtype]
+    options += ["--draft", draft] if draft else []
+    told = Console(stderr=True)
+    with nullcontext(url) if url is not None else serving(models or [], options) as address:
+        bar = Progress(BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"), console=told)
+        with bar:
+            task = bar.add_task("", total=60 * minutes)
+            tell = lambda seconds, line: bar.update(task, completed=seconds, description=line)
+            report = asyncio.run(run(address, wanted, model=model, key=key, tell=tell))
+    if out is not None:
+        with beside(out) as temporary:
+            temporary.write_text(json.dumps(report, indent=2))
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        show_soak(report)
+    if not report["passed"]:
+        raise typer.Exit(1)
+
+
+def show_soak(report: dict[str, Any]) -> None:
+    """The report of a soak as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    kinds = Table("requests", "", box=None)
+    for name, count in report["requests"].items():
+        kinds.add_row(name.replace("_", " "), str(count))
+    console.print(kinds)
+    memory, engine = report["memory_mib"], report["engine"]
+    growth = "not told" if report["memory_growth"] is None else f"{report['memory_growth']:+.2%}"
+    console.print(
+        f"{report['requests_in_all']} requests; {engine['new_tokens']:.0f} tokens in {engine['steps']:.0f} steps, "
+        f"{engine['cancelled']:.0f} cancelled, {engine['preempted']:.0f} preempted; {report['checked']} answers checked"
+    )
+    console.print(f"resident memory {memory['after_warm_up']:.1f} -> {memory['end']:.1f} MiB ({growth})")
+    for criterion, met in report["criteria"].items():
+        console.print(f"[{'green' if met else 'red'}]{'yes' if met else 'NO '}[/] {criterion}")
+    for line in [*report["wrong"], *(f"{d['kind']} differs: {d['body']}" for d in report["differing"])]:
+        console.print(line, style="red", markup=False)

@@ -1,4 +1,4 @@
-"""Figures of a server for Prometheus: what the engines count, and how long requests take."""
+"""Figures of a server for Prometheus: what the engines count, how long requests take, what the process holds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from .served import Served, ServedEncoder
@@ -38,6 +38,7 @@ class Metrics:
     def __init__(self, models: Mapping[str, Served | ServedEncoder]) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(Engines(models))
+        ProcessCollector(registry=self.registry)
         self.requests = Counter("landmark_requests", "requests", ["path", "status"], registry=self.registry)
         self.first = Histogram(
             "landmark_time_to_first_token_seconds", "from a request's arrival to its first token", ["model"],
