@@ -24,10 +24,11 @@ def check_books(engine: Engine) -> None:
     pools = [group.pool for group in engine._store.groups]
     pools += [engine._store.slot_pool] if engine._store.slot_pool is not None else []
     found: dict[Any, set[int]] = {pool: set() for pool in pools}
-    stack = [engine._store.tree.root]
+    roots = list(engine._store.tree.roots.values())
+    stack = list(roots)
     while stack:
         node = stack.pop()
-        assert node.held or node.children or node is engine._store.tree.root, "a node that stands for nothing"
+        assert node.held or node.children or node in roots, "a node that stands for nothing"
         for pool, number in node.held.items():
             assert pool.owners[number] is node and number not in found[pool]
             found[pool].add(number)

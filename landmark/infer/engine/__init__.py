@@ -18,7 +18,8 @@
 A request's tokens depend on its prompt, its sampling and its seed only, whatever else is in the batch, whether its
 beginning was remembered, and however often it had to give way. A `Request` may carry a `guide` (constrained output):
 a factory of objects that say which tokens may come next. `Engine(..., drafter="lookup")` speculates: the same tokens in
-fewer calls of the model, where texts repeat themselves.
+fewer calls of the model, where texts repeat themselves. `Engine(..., adapters=attach(model, {"poet": ...}))` serves
+adapters of one model side by side: `Request(adapter="poet")` (transforms/lora.py).
 """
 
 from ..generate import Answer, Event

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...ctx import Bounds
 from ...models.decoder import Decoder
+from ...nn.lora import Adapters
 from ...weights.tokenizer import Tokenizer
 from ..defaults import stop_ids
 from ..generate import Answer, Event
@@ -67,6 +68,7 @@ class Engine:
         prefixes: bool = True,
         interval: int = 512,
         drafter: Literal["lookup"] | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         if not isinstance(model, Decoder):
             raise ValueError(f"the engine serves decoders; a {type(model).__name__} is served by infer.generate")
@@ -78,7 +80,7 @@ class Engine:
         self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
         if drafter not in (None, "lookup"):
             raise ValueError(f"drafter is {drafter!r}; the engine can draft by lookup, or not at all (None)")
-        self._drafter = drafter
+        self._drafter, self.adapters = drafter, adapters or Adapters()
         self._turns = turning_lengths(model)
         if self._turns and drafter is not None:
             raise ValueError("a model whose rotations change with the length of the text (LongRoPE) cannot speculate")
@@ -121,8 +123,9 @@ class Engine:
 
     def submit(self, request: Request) -> Handle:
         """Take a request in; from any thread. Raises ValueError for one that cannot be served: a prompt that is empty
-        or too long, tokens that the vocabulary lacks, stop strings without a tokenizer."""
+        or too long, tokens that the vocabulary lacks, stop strings without a tokenizer, an adapter that it lacks."""
         sampling, prompt = request.sampling, request.prompt
+        adapter = self.adapters.number(request.adapter)
         room = room_after(self.model, [prompt], [sampling.max_tokens])[0]
         if len(prompt) > self._store.capacity:
             raise ValueError(
@@ -133,7 +136,7 @@ class Engine:
         if sampling.stop_ids is None:
             sampling = replace(sampling, stop_ids=self._stop_ids)
         number = next(self._numbers)
-        ticket = Ticket(request, (time.monotonic() - AGE * request.priority, number))
+        ticket = Ticket(request, (time.monotonic() - AGE * request.priority, number), adapter)
         for n in range(request.candidates):
             own = sampling if sampling.seed is None or n == 0 else replace(sampling, seed=sampling.seed + n)
             row = Row.of(own, prompt, self._sampler.vocab)
@@ -294,13 +297,14 @@ class Engine:
         runs, counts = [work.run for work in works], [work.count for work in works]
         state = self._store.bind(runs, counts)
         device = self.model.device
-        if max(counts) == 1:
-            ids = torch.tensor([[run.tokens[run.computed]] for run in runs], device=device)
-            hidden = self.model.hidden(ids, state=state).squeeze(1)
-        else:
-            flat = [t for w in works for t in (*w.run.tokens[w.run.computed :][: w.count], *w.guesses)]
-            ids = torch.tensor([flat], device=device)
-            hidden = self.model.hidden(ids, bounds=Bounds.of_lengths(tuple(counts)), state=state)[0]
+        with self.adapters.rows((run.ticket.adapter, count) for run, count in zip(runs, counts, strict=True)):
+            if max(counts) == 1:
+                ids = torch.tensor([[run.tokens[run.computed]] for run in runs], device=device)
+                hidden = self.model.hidden(ids, state=state).squeeze(1)
+            else:
+                flat = [t for w in works for t in (*w.run.tokens[w.run.computed :][: w.count], *w.guesses)]
+                ids = torch.tensor([flat], device=device)
+                hidden = self.model.hidden(ids, bounds=Bounds.of_lengths(tuple(counts)), state=state)[0]
         self._store.commit()
         return hidden, [end - 1 for end in itertools.accumulate(counts)]
 

@@ -1,8 +1,8 @@
 """What was read before, found by its tokens: a radix tree whose edges are blocks of tokens (SGLang, Zheng et al. 2024).
 
-A node stands for a text that ends with its block. It may own that block's keys and values in each group of layers (one
-group for all layers that see everything, one for each length of window) and, for layers with a state a sequence, the
-slot that holds a copy of that state after the node's text.
+A node stands for a text that ends with its block, as one adapter reads it: every adapter has a root of its own. It may
+own that block's keys and values in each group of layers (one group for all layers that see everything, one for each
+length of window) and, for layers with a state a sequence, the slot that holds a copy of that state after its text.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Node:
     @property
     def attached(self) -> bool:
         """Whether the tree still finds it."""
-        return self.parent is not None or self is self.tree.root
+        return self.parent is not None or not self.edge
 
 
 class PrefixTree:
@@ -67,11 +67,15 @@ class PrefixTree:
         self.size, self.slots = size, slots
         self.needed = [pool for pool, sees in groups.items() if sees.everything]
         self._partial = {pool: sees for pool, sees in groups.items() if not sees.everything}
-        self.root = Node(self, None, ())
+        self.roots: dict[int, Node] = {}
 
-    def path(self, tokens: Sequence[int]) -> list[Node]:
+    def root(self, adapter: int) -> Node:
+        """Where texts begin that this adapter reads (-1: the model itself)."""
+        return self.roots.setdefault(adapter, Node(self, None, ()))
+
+    def path(self, tokens: Sequence[int], adapter: int) -> list[Node]:
         """The nodes of all whole blocks of the beginning of `tokens` that the tree knows."""
-        node, found = self.root, []
+        node, found = self.root(adapter), []
         for start in range(0, len(tokens) - self.size + 1, self.size):
             child = node.children.get(tuple(tokens[start : start + self.size]))
             if child is None:

@@ -40,7 +40,7 @@ class Request:
     gives natural logarithms of the chosen tokens' probabilities ("model": the model's own; "sampled": of the
     distribution that was drawn from) and of the `top` likeliest tokens'; `prompt_logprobs` so many likeliest (0: none)
     for every token of the prompt, and its own. More urgent requests have a higher `priority`: one level goes before
-    what came up to `Engine.patience` seconds earlier.
+    what came up to `Engine.patience` seconds earlier. `adapter` names one of those that the model has.
     """
 
     prompt: Sequence[int]
@@ -52,6 +52,7 @@ class Request:
     top: int = 0
     prompt_logprobs: int | None = None
     guide: Callable[[], Guide] | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -71,10 +72,11 @@ class Request:
 
 
 class Ticket:
-    """A request that was taken in: what its answers share. `key` is its place in the queue."""
+    """A request that was taken in: what its answers share. `key` is its place in the queue, `adapter` a number (-1: the
+    model itself)."""
 
-    def __init__(self, request: Request, key: tuple[float, int]) -> None:
-        self.request, self.key = request, key
+    def __init__(self, request: Request, key: tuple[float, int], adapter: int = -1) -> None:
+        self.request, self.key, self.adapter = request, key, adapter
         self.runs: list[Run] = []
         self.unfinished = request.candidates
         self.closed = False  # nobody waits for it any more

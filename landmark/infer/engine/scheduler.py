@@ -76,7 +76,7 @@ class Scheduler:
             guesses = self._guesses(run) if run.lookup is not None and run.pending == 1 else ()
             works.append(Work(run, count + len(guesses), run.computed + count == len(run.tokens), guesses))
         works += self._admit(budget)
-        works.sort(key=lambda work: work.count > 1)
+        works.sort(key=lambda work: (work.count > 1, work.run.ticket.adapter))
         return works
 
     def _count(self, run: Run, budget: int) -> int:

@@ -122,7 +122,7 @@ class Store:
         if not self._lines or (self.slot_pool is not None and not self.slot_pool.available):
             return False
         use = self.prefixes and not run.ticket.scoring
-        path = self.tree.path(run.tokens[:-1]) if use else []
+        path = self.tree.path(run.tokens[:-1], run.ticket.adapter) if use else []
         depth = self.tree.usable(path)
         run.computed = depth * self.block
         for group in self.groups:
@@ -138,7 +138,7 @@ class Store:
         run.line = self._lines.pop()
         for g, group in enumerate(self.groups):
             group.tables[run.line, : len(run.tables[g])] = run.tables[g]
-        run.node, run.depth = path[depth - 1] if depth else self.tree.root, depth
+        run.node, run.depth = path[depth - 1] if depth else self.tree.root(run.ticket.adapter), depth
         run.branch = len(path) * self.block if self.slot_pool is not None else 0
         if self.slot_pool is not None:
             source = path[depth - 1].held[self.slot_pool] if depth else -1
@@ -259,7 +259,7 @@ class Store:
         if (depth == run.depth and not keep) or not (self.groups or keep):
             return
         if run.node is None or not run.node.attached:
-            run.node, run.depth = self.tree.root, 0
+            run.node, run.depth = self.tree.root(run.ticket.adapter), 0
         node = run.node
         for i in range(run.depth, depth):
             node = self.tree.child(node, tuple(run.tokens[i * self.block : (i + 1) * self.block]))
