@@ -114,8 +114,8 @@ class LoRA(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         if flat.shape[0] != self.adapters.tokens:
             raise ValueError(
-                f"a layer reads {flat.shape[0]} rows where there are {self.adapters.tokens} tokens, so that it cannot "
-                "go through several adapters at once; merge them, or use one at a time"
+                f"a layer reads {flat.shape[0]} rows where there are {self.adapters.tokens} tokens, so they cannot "
+                "go through several adapters at once; use one at a time, or merge it into the weights"
             )
         if torch.is_grad_enabled():
             y = y.clone()

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..config import nearest
 from ..models.base import Model
+from ..models.decoder import Decoder
 from ..nn.linear import KEPT, GroupedLinear, Linear
 from ..nn.lora import Adapters, Factors, LoRA, linear_maps
 from ..weights.adapter import Adapter, read_adapter, write_adapter
@@ -68,6 +69,17 @@ def why_not(name: str, module: nn.Module) -> str | None:
     return None
 
 
+@torch.inference_mode()
+def check_rows(model: Decoder, adapters: Adapters) -> None:
+    """Raise ValueError for a model whose adapted maps read something else than its tokens one by one (such as learned
+    tokens), so that rows of a batch cannot differ in their adapters."""
+    for count in (2, 3):  # what is no row a token differs from one of them
+        tokens = torch.zeros(count, 1, dtype=torch.long, device=model.device)
+        for number in range(len(adapters.names)):
+            with adapters.rows([(number, count - 1), (-1, 1)]):
+                model.hidden(tokens, state=model.new_state(count, 1))
+
+
 def detach(model: Model) -> None:
     """Take all adapters away, in place."""
     for name, module in list(model.named_modules()):
@@ -99,9 +111,9 @@ def merge(model: Model, adapter: Adapter) -> None:
         module = found[name]
         weight = module.weight
         assert isinstance(weight, nn.Parameter)
-        change = low.dense().to(weight.device)
-        merged = (weight.float() + change).to(weight.dtype)
-        module.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        merged = weight.to(wide) + low.dense(wide).to(weight.device)
+        module.weight = nn.Parameter(merged.to(weight.dtype), requires_grad=weight.requires_grad)
 
 
 def fresh(model: Model, rank: int = 8, alpha: float = 16.0, targets: Sequence[str] = ("q", "v")) -> Adapter:
@@ -122,4 +134,15 @@ def fresh(model: Model, rank: int = 8, alpha: float = 16.0, targets: Sequence[st
     return Adapter(factors)
 
 
-__all__ = ["Adapter", "Adapters", "attach", "detach", "fresh", "merge", "read_adapter", "taken", "write_adapter"]
+__all__ = [
+    "Adapter",
+    "Adapters",
+    "attach",
+    "check_rows",
+    "detach",
+    "fresh",
+    "merge",
+    "read_adapter",
+    "taken",
+    "write_adapter",
+]

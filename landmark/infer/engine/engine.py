@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...ctx import Bounds
 from ...models.decoder import Decoder
-from ...nn.lora import Adapters
+from ...transforms.lora import Adapters, check_rows
 from ...weights.tokenizer import Tokenizer
 from ..defaults import stop_ids
 from ..generate import Answer, Event
@@ -81,6 +81,7 @@ class Engine:
         if drafter not in (None, "lookup"):
             raise ValueError(f"drafter is {drafter!r}; the engine can draft by lookup, or not at all (None)")
         self._drafter, self.adapters = drafter, adapters or Adapters()
+        check_rows(model, self.adapters)
         self._turns = turning_lengths(model)
         if self._turns and drafter is not None:
             raise ValueError("a model whose rotations change with the length of the text (LongRoPE) cannot speculate")
