@@ -100,4 +100,4 @@ register(
         sizes=SIZES,
     )
 )  # fmt: skip
-register(Family(name="albert", architectures=("AlbertModel",), config=config, rules=rules))
+register(Family(name="albert", architectures=("AlbertModel",), config=config, rules=rules, headed="albert."))

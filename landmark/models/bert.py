@@ -138,4 +138,4 @@ register(
         sizes=SIZES,
     )
 )  # fmt: skip
-register(Family(name="bert", architectures=("BertModel",), config=config, rules=rules))
+register(Family(name="bert", architectures=("BertModel",), config=config, rules=rules, headed="bert."))

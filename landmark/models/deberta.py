@@ -127,23 +127,31 @@ def attention_rules(keys: Keys, theirs: str, ours: str) -> list[Rule]:
     ]
 
 
+def mlm_rules(legacy: bool) -> list[Rule]:
+    """The masked-LM head under two names, of which `legacy` says the one to write: v3's files have the other one."""
+    both: list[tuple[str, str]] = [("cls.predictions.", "transform."), ("lm_predictions.lm_head.", "")]
+    return [
+        rule
+        for theirs, transform in (both if legacy else both[::-1])
+        for rule in (
+            Drop(theirs + "decoder.weight", same_as="deberta.embeddings.word_embeddings.weight"),
+            Drop(theirs + "decoder.bias", same_as=theirs + "bias"),
+            Rename(theirs + "bias", "heads.mlm.bias"),
+            Rename(theirs + transform + "dense.", "heads.mlm.transform.dense."),
+            *norm_rules(theirs + transform + "LayerNorm.", "heads.mlm.transform.norm."),
+        )
+    ]
+
+
 def rules(keys: Keys) -> list[Rule]:
     prefix = "" if keys.name.endswith("Model") else "deberta."
     encoder = prefix + "encoder."
     layers = [(encoder + "layer.{i}.", "layers.{i}.")]
     if second(keys) and keys.get("conv_kernel_size", 0) > 0:
         layers.insert(0, (encoder + "layer.0.", "layers.0.conv.layer."))
-    mlm, transform = ("cls.predictions.", "transform.") if keys.get("legacy", True) else ("lm_predictions.lm_head.", "")
     pooler = {"pooler.dense.": "dense.", "classifier.": "linear."}
     known = {
-        "mlm": [
-            Drop(mlm + "decoder.weight", same_as="deberta.embeddings.word_embeddings.weight"),
-            Drop(mlm + "decoder.bias", same_as=mlm + "bias"),
-            Rename(mlm + "bias", "heads.mlm.bias"),
-            Rename(mlm + transform + "dense.", "heads.mlm.transform.dense."),
-            *norm_rules(mlm + transform + "LayerNorm.", "heads.mlm.transform.norm."),
-            Drop("mask_predictions."),  # v3's replaced-token detector
-        ],
+        "mlm": [*mlm_rules(keys.get("legacy", True)), Drop("mask_predictions.")],  # of v3's replaced-token detector
         "classify": renames(pooler, ours="heads.classify."),
         "choose": renames(pooler, ours="heads.choose."),
         "tag": renames({"classifier.": "heads.tag.linear."}),
@@ -239,5 +247,5 @@ register(
         },
     )
 )  # fmt: skip
-register(Family(name="deberta", architectures=("DebertaModel",), config=config, rules=rules))
-register(Family(name="deberta-v2", architectures=("DebertaV2Model",), config=config, rules=rules))
+register(Family(name="deberta", architectures=("DebertaModel",), config=config, rules=rules, headed="deberta."))
+register(Family(name="deberta-v2", architectures=("DebertaV2Model",), config=config, rules=rules, headed="deberta."))

@@ -104,8 +104,8 @@ class Family:
     """The diff of one family of papers: how its config.json reads as a config, and its weights as ours.
 
     `name` is the model_type of its config.json. `prefix` stands before all body weights, except in files that were
-    saved without a head. `sizes` maps a published size's name to its config.json; keys that a config.json leaves out
-    have the defaults that the family's files had.
+    saved without a head; `headed`, for bodies alone, in files that were saved with one. `sizes` maps a published size's
+    name to its config.json; keys that a config.json leaves out have the defaults that the family's files had.
     """
 
     name: str
@@ -113,6 +113,7 @@ class Family:
     config: Callable[[Keys], ModelConfig]
     rules: Callable[[Keys], list[Rule]]
     prefix: str = ""
+    headed: str = ""
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     # The config of files that hold tensors of these names, where some may be left out of them.
     fitted: Callable[[ModelConfig, Collection[str]], ModelConfig] = lambda config, names: config
@@ -166,11 +167,23 @@ def sizes() -> Mapping[str, tuple[Family, Mapping[str, Any]]]:
     return _SIZES
 
 
+def named(hf: Mapping[str, Any], architecture: str | None = None) -> dict[str, Any]:
+    """The contents of a config.json under `architecture`, or else the one that it names; where it names none, the only
+    one of its model_type, or the body of an encoder without a head. Raises ValueError where none is meant."""
+    if architecture is not None or hf.get("architectures"):
+        return {**hf, **({"architectures": [architecture]} if architecture is not None else {})}
+    kind = hf.get("model_type")
+    found = {name: family for name, family in families().items() if family.name == kind}
+    bodies = [name for name, family in found.items() if family.headed or len(found) == 1]
+    if len(bodies) != 1:
+        choices = f"choose one of {', '.join(found)}" if found else f"its model_type is {kind!r}, which is not known"
+        raise ValueError(f'config.json names no architecture; add "architectures": {choices}')
+    return {**hf, "architectures": bodies}
+
+
 def family_of(hf: Mapping[str, Any]) -> Family:
     """The family that a config.json names. Raises ValueError for an architecture that is not known."""
-    names = hf.get("architectures") or []
-    if not names:
-        raise ValueError('config.json names no architecture; add "architectures"')
+    names = named(hf)["architectures"]
     known = families()
     if names[0] not in known:
         listed = ", ".join(sorted(known))

@@ -66,4 +66,4 @@ register(
         sizes={"roberta-base": size(768, 12), "roberta-large": size(1024, 24)},
     )
 )  # fmt: skip
-register(Family(name="roberta", architectures=("RobertaModel",), config=config, rules=rules))
+register(Family(name="roberta", architectures=("RobertaModel",), config=config, rules=rules, headed="roberta."))

@@ -17,7 +17,7 @@ from .. import nn
 from ..config import ModelConfig, from_dict, nearest, to_dict
 from ..models.base import Model, Origin
 from ..models.pattern import Pattern, is_pattern
-from ..models.registry import Family, Keys, family_of, published
+from ..models.registry import Family, Keys, family_of, named, published
 from ..nn.float32 import float32_buffers
 from .files import read_json, read_tensors, write_json, write_tensors
 from .rules import load as apply_rules
@@ -29,20 +29,29 @@ COMPANIONS = (
     "chat_template*", "generation_config.json", "preprocessor_config.json", "modules.json", "*_Pooling/config.json",
     "sentence_bert_config.json", "config_sentence_transformers.json",
 )  # fmt: skip
+PRETRAINED = ("cls.", "lm_head.", "predictions.", "sop_classifier.", "lm_predictions.", "mask_predictions.")  # heads
 DOWNLOADED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 
 
 def load(
-    where: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+    where: str | Path,
+    *,
+    architecture: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
 ) -> Model:
     """The model in a directory, or under a hub id, in eval mode.
+
+    `architecture` stands for what config.json names. Where that names none (DeBERTa v3's), an encoder is read without
+    a head, as "DebertaV2Model": a call gives hidden states, and the heads that it was pre-trained with are left out.
+    `for_task` and `landmark train` give it the head of a task.
 
     Weights are mapped from the file, not copied, where dtype, device and layout allow it. `dtype` None keeps what is
     stored. Raises ValueError for whatever would make the numbers wrong: an unknown architecture, keys of config.json
     that are not understood, tensors that are missing, surplus, truncated or of another shape.
     """
     directory = locate(where)
-    hf = read_json(directory / "config.json")
+    hf = named(read_json(directory / "config.json"), architecture)
     config, family = read_config(hf)
     theirs = read_tensors(directory)
     if family is not None:
@@ -110,16 +119,18 @@ def published_form(model: Model) -> dict[str, Any] | None:
 
 def build(hf: Mapping[str, Any]) -> Model:
     """A model with fresh weights from the contents of a config.json."""
+    hf = named(hf)
     config, _ = read_config(hf)
     model = config.build()
     assert isinstance(model, Model)
-    model.origin = Origin(dict(hf))
+    model.origin = Origin(hf)
     return model
 
 
 def read_config(hf: Mapping[str, Any]) -> tuple[ModelConfig, Family | None]:
     """Our config from a config.json, and its family; None for our own layout."""
-    if (hf.get("architectures") or [None])[0] == NATIVE:
+    hf = named(hf)
+    if hf["architectures"][0] == NATIVE:
         return own_config(hf["config"]), None
     family = family_of(hf)
     return family.read(hf), family
@@ -144,12 +155,12 @@ def describe(spec: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     if path.suffix == ".toml" and path.is_file():
         return of_run(path)
     if path.is_file() or (path / "config.json").is_file():
-        hf = read_json(path if path.is_file() else path / "config.json")
+        hf = named(read_json(path if path.is_file() else path / "config.json"))
         return read_config(hf)[0], hf
     if "/" not in str(spec):
         family, hf = published(str(spec))
         return family.read(hf), hf
-    hf = read_json(locate(spec, patterns=("config.json",)) / "config.json")
+    hf = named(read_json(locate(spec, patterns=("config.json",)) / "config.json"))
     return read_config(hf)[0], hf
 
 
@@ -173,7 +184,7 @@ def of_run(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
     size = run.get("tokenizer", {}).get("vocab_size")
     sized = {"vocab_size": size, **model} if size else dict(model)
     if "type" not in model:
-        return read_config(sized)[0], sized
+        return read_config(sized)[0], named(sized)
     return native(sized if model["type"] == "Pattern" else model)
 
 
@@ -197,10 +208,13 @@ def locate(where: str | Path, patterns: Iterable[str] = DOWNLOADED) -> Path:
 
 
 def from_published(family: Family, hf: Mapping[str, Any], theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A family's tensors under our names; files that were saved without the head lack the prefix."""
-    prefix = family.prefix
+    """A family's tensors under our names; files that were saved without the head lack the prefix, and a body is read
+    from files that have it past the heads of pre-training."""
+    prefix, headed = family.prefix, family.headed
     if prefix and not any(name.startswith(prefix) for name in theirs):
         theirs = {prefix + name: tensor for name, tensor in theirs.items()}
+    if headed and any(name.startswith(headed) for name in theirs):
+        theirs = {name.removeprefix(headed): t for name, t in theirs.items() if not name.startswith(PRETRAINED)}
     return apply_rules(family.rules(Keys(hf)), theirs)
 
 

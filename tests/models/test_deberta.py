@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import DebertaConfig, DebertaForMaskedLM, DebertaV2Config, DebertaV2ForMaskedLM
 from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
 
 import landmark
 from landmark.models.deberta import with_mask_decoder, without_mask_decoder
-from landmark.models.encoder import Encoder
+from landmark.models.encoder import Encoder, for_task
 from landmark.nn.disentangled import RelativePositions
 from landmark.nn.linear import count
 from landmark.weights.checkpoint import describe
@@ -80,6 +82,46 @@ def test_body_and_table_are_the_published_ones(name: str, body: int, table: int)
     assert isinstance(model, Encoder) and model.relative is not None
     assert count(model.layers) + count(model.relative) == pytest.approx(body * 1e6, rel=0.035)
     assert count(model.embed) == pytest.approx(table * 1e6, rel=0.03)
+
+
+def without_architecture(tmp_path: Path) -> tuple[Path, DebertaV2ForMaskedLM]:
+    """As DeBERTa v3's files are: no architecture, the body prefixed, the heads of both pre-trainings under names of
+    their own."""
+    theirs = DebertaV2ForMaskedLM(DebertaV2Config(**BASE, **V3, legacy=False)).eval()
+    perturb(theirs)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = {f"mask_predictions.{name}": torch.ones(24) for name in ("dense.bias", "classifier.weight")}
+    save_file({**load_file(path), **weights}, path, metadata={"format": "pt"})
+    hf = json.loads((tmp_path / "config.json").read_text())
+    del hf["architectures"], hf["legacy"]
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    return tmp_path, theirs
+
+
+def test_files_that_name_no_architecture(tmp_path: Path) -> None:
+    """The encoder without a head, which a task's head can follow; the head of masked LM where it is asked for."""
+    directory, theirs = without_architecture(tmp_path)
+    tokens = batch()[0]
+    body = landmark.load(directory)
+    assert isinstance(body, Encoder) and body.cfg.main is None and not body.heads
+    with torch.no_grad():
+        close(body(tokens), theirs.deberta(tokens).last_hidden_state)
+        close(landmark.load(directory, architecture="DebertaV2ForMaskedLM")(tokens), theirs(tokens).logits)
+    tagger = for_task(body, "TokenClassification", ("a", "b"))
+    assert tagger(tokens).shape == (*tokens.shape, 2)
+    landmark.save(body, tmp_path / "body")
+    assert json.loads((tmp_path / "body" / "config.json").read_text())["architectures"] == ["DebertaV2Model"]
+    assert torch.equal(landmark.load(tmp_path / "body")(tokens), body(tokens))
+    assert describe(directory)[1]["architectures"] == ["DebertaV2Model"]
+
+
+def test_a_head_of_a_task_is_not_left_out(tmp_path: Path) -> None:
+    directory, _ = without_architecture(tmp_path)
+    path = directory / "model.safetensors"
+    save_file({**load_file(path), "classifier.weight": torch.ones(2, 24)}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="no rule knows the tensor 'classifier"):
+        landmark.load(directory)
 
 
 def test_every_distance_has_the_reference_bucket() -> None:

@@ -144,7 +144,10 @@ NORM = "model.norm.weight"
             lambda d: edit_config(d, architectures=["LlamaForCausalML"]),
             "LlamaForCausalML'; did you mean 'LlamaForCausalLM",
         ),
-        (lambda d: edit_config(d, architectures="remove"), "names no architecture"),
+        (
+            lambda d: edit_config(d, architectures="remove", model_type="lama"),
+            "names no architecture; add \"architectures\": its model_type is 'lama', which is not known",
+        ),
         (lambda d: edit_config(d, hidden_size="remove"), "no key 'hidden_size'"),
         (lambda d: edit_config(d, attention_sink=4), "key 'attention_sink' = 4 is not understood"),
         (lambda d: edit_config(d, quantization_config={"bits": 4}), "quantization_config"),
@@ -173,6 +176,14 @@ def test_wrong_directories(directory: Path, change: Callable[[Path], None], mess
     change(directory)
     with pytest.raises(ValueError, match=message):
         landmark.load(directory)
+
+
+def test_a_model_type_with_one_architecture_needs_not_name_it(directory: Path) -> None:
+    named = landmark.load(directory)
+    edit_config(directory, architectures="remove")
+    assert same(landmark.load(directory), named)
+    with pytest.raises(ValueError, match="unknown architecture 'LlamaForCausal'; did you mean 'LlamaForCausalLM'"):
+        landmark.load(directory, architecture="LlamaForCausal")
 
 
 def test_a_pickle_is_never_opened(directory: Path) -> None:
