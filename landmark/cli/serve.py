@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 if TYPE_CHECKING:
+    from ..models.base import Model
+    from ..nn.lora import Adapters
     from ..serve.served import Served, ServedEncoder
+    from ..weights.adapter import Adapter
 
 
 def serve(
@@ -32,6 +36,10 @@ def serve(
         typer.Option(help="Speculate: lookup guesses what followed the same words before; the answers stay the same."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="A LoRA directory (PEFT), or NAME=DIRECTORY: one more model; several are allowed."),
+    ] = None,
 ) -> None:
     """Serve models: /v1/chat/completions, /v1/completions, /v1/embeddings, and a page at /.
 
@@ -44,13 +52,19 @@ def serve(
 
     from ..serve.app import create_app
     from ..serve.limits import Limits
+    from ..serve.served import ServedEncoder
 
     limits = Limits(keys=tuple(api_key or ()), timeout=timeout, queue=queue, rate=rate)
     console = Console(stderr=True, highlight=False)
-    served = []
+    if adapter and len(models) > 1:
+        raise ValueError(f"--adapter goes with one model, not with {len(models)}; serve the others apart")
+    served: list[Served | ServedEncoder] = []
     for spec in models:
         with console.status(f"loading {spec}"):
-            served.append(open_served(spec, dtype, quantise, device, int(memory * 2**30), max_batch, chunk, draft))
+            one = open_served(
+                spec, dtype, quantise, device, int(memory * 2**30), max_batch, chunk, draft, adapter or ()
+            )
+            served += [one] if isinstance(one, ServedEncoder) else [one, *one.adapted()]
     app = create_app(served, limits)
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -77,8 +91,9 @@ def open_served(
     max_batch: int,
     chunk: int,
     draft: Literal["lookup"] | None = None,
+    adapters: Sequence[str] = (),
 ) -> Served | ServedEncoder:
-    """A model with its engine, or an encoder of sentences."""
+    """A model with its engine and adapters, or an encoder of sentences."""
     import landmark
 
     from ..infer.engine import Engine
@@ -90,11 +105,12 @@ def open_served(
     from ..weights.checkpoint import locate
     from ..weights.tokenizer import Tokenizer
 
-    name, _, where = spec.rpartition("=")
+    name, where = named(spec)
     directory = locate(where)
-    name = name or (Path(where).resolve().name if Path(where).exists() else where)
     model = landmark.load(directory, dtype=dtype, device=device)
     if isinstance(model, Encoder):
+        if adapters:
+            raise ValueError(f"{spec} is an encoder, which is served without adapters; leave --adapter out")
         return ServedEncoder(name, SentenceEncoder.load(str(directory), dtype=dtype, device=device))
     if quantise is not None:
         model = quantised(model, quantise)
@@ -103,5 +119,26 @@ def open_served(
             f"{spec} is a {type(model).__name__}, which is not served; give a decoder or a sentence encoder"
         )
     tokenizer = Tokenizer.load(directory)
-    engine = Engine(model, tokenizer, memory=memory, max_batch=max_batch, chunk=chunk, drafter=draft)
+    attached = open_adapters(model, adapters)
+    engine = Engine(model, tokenizer, memory=memory, max_batch=max_batch, chunk=chunk, drafter=draft, adapters=attached)
     return Served(name, engine, tokenizer)
+
+
+def named(spec: str) -> tuple[str, str]:
+    """NAME=WHERE, or what is called as its folder or hub id is."""
+    name, _, where = spec.rpartition("=")
+    return name or (Path(where).resolve().name if Path(where).exists() else where), where
+
+
+def open_adapters(model: Model, specs: Sequence[str]) -> Adapters | None:
+    """Put adapters beside the weights of a model, in place."""
+    if not specs:
+        return None
+    from ..transforms.lora import attach, read_adapter
+
+    found: dict[str, Adapter] = {}
+    for name, where in map(named, specs):
+        if name in found:
+            raise ValueError(f"two adapters are called {name!r}; give each a name of its own, as NAME=DIRECTORY")
+        found[name] = read_adapter(where, model)
+    return attach(model, found)

@@ -228,6 +228,8 @@ class Server:
             if isinstance(served, Served):
                 chats = served.tokenizer.chat_template is not None
                 entry |= {"max_model_len": served.engine.longest, "chat": chats}
+                if served.base is not None:
+                    entry |= {"root": served.base.name, "parent": served.base.name}
             data.append(entry)
         return {"object": "list", "data": data}
 

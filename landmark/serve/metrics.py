@@ -22,7 +22,7 @@ class Engines:
         self.models = models
 
     def collect(self) -> Iterable[Any]:
-        stats = {name: s.engine.stats() for name, s in self.models.items() if isinstance(s, Served)}
+        stats = {name: s.engine.stats() for name, s in self.models.items() if isinstance(s, Served) and not s.base}
         names = [f.name for f in dataclasses.fields(next(iter(stats.values())))] if stats else []
         for name in names:
             family = GaugeMetricFamily if name in GAUGES else CounterMetricFamily

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,12 +23,18 @@ from .tools import Dialect, dialect, grammar
 
 @dataclass
 class Served:
-    """A decoder with its engine. `created` is when it was put up, in Unix seconds."""
+    """A decoder with its engine, or, with `base`, the adapter of that one that bears this name. `created` is when it
+    was put up, in Unix seconds."""
 
     name: str
     engine: Engine
     tokenizer: Tokenizer
     created: int = field(default_factory=lambda: int(time.time()))
+    base: Served | None = None
+
+    def adapted(self) -> list[Served]:
+        """The adapters of the engine's model, each a model of its own."""
+        return [replace(self, name=name, base=self) for name in self.engine.adapters.names]
 
     @property
     def model(self) -> Decoder:
@@ -47,7 +53,7 @@ class Served:
 
     @cached_property
     def forms(self) -> Forms:
-        return Forms(self.tokenizer, self.model.cfg.head.vocab, self.turn_ids)
+        return self.base.forms if self.base else Forms(self.tokenizer, self.model.cfg.head.vocab, self.turn_ids)
 
     @cached_property
     def dialect(self) -> Dialect:
@@ -197,6 +203,7 @@ class Served:
         return Request(
             prompt=prompt, sampling=sampling, n=n, best_of=body.best_of, priority=body.priority, guide=guide,
             logprobs=None if top is None else body.logprobs_of, top=top or 0, prompt_logprobs=prompt_logprobs,
+            adapter=self.name if self.base else None,
         )  # fmt: skip
 
     # -- tokens as text --------------------------------------------------------------------------------------------
@@ -254,9 +261,10 @@ def _json(text: str) -> Any:
 
 
 def find(models: Mapping[str, Served | ServedEncoder], name: str | None) -> Served | ServedEncoder:
-    """The model of that name. Raises a 404 that lists those there are."""
-    if name is None and len(models) == 1:
-        return next(iter(models.values()))
+    """The model of that name; without one, the only one that is no adapter. Raises a 404 that lists those there are."""
+    whole = [served for served in models.values() if not (isinstance(served, Served) and served.base)]
+    if name is None and len(whole) == 1:
+        return whole[0]
     if name is None or name not in models:
         known = ", ".join(models)
         raise ApiError(404, f"there is no model {name!r}; served are: {known}", param="model", code="model_not_found")
