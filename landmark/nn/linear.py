@@ -48,6 +48,20 @@ class GroupedLinear(nn.Module):
         return f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}"
 
 
+def bare(*modules: nn.Module | None) -> bool:
+    """Whether each (None aside) is a `Linear` or `GroupedLinear` as it is made here, without a bias, on which nobody
+    has a hook: then its weight says all of what it does, and a kernel may do it together with its neighbours."""
+    return all(
+        m is None
+        or (
+            (type(m) is GroupedLinear or (type(m) is Linear and m.bias is None))
+            and not m._forward_hooks
+            and not m._forward_pre_hooks
+        )
+        for m in modules
+    )
+
+
 # What picks experts, whose choice rounding would change, and what decoding absorbs into other matrices.
 KEPT = ("router.linear", "query", "kv_up")
 

@@ -18,9 +18,9 @@ from ..config import ModuleConfig
 from ..ctx import Ctx
 from ..ops.activation import Activation, activation
 from ..ops.fused import activate, glu
-from ..ops.moe import Plan, combine, spread
-from .linear import GroupedLinear, count
-from .router import Router, RouterConfig
+from ..ops.moe import Plan, combine, few, spread
+from .linear import GroupedLinear, bare, count
+from .router import Router, RouterConfig, Routing
 
 
 class Experts(nn.Module):
@@ -39,6 +39,15 @@ class Experts(nn.Module):
         hidden = activate(up, self.act) if self.gate is None else glu(self.gate(x, counts), up, self.act)
         out: Tensor = self.down(hidden, counts)
         return out
+
+    def of_few(self, x: Tensor, to: Routing) -> Tensor | None:
+        """A few tokens x [N, dim] through the experts of `to`, all in one call; None where that is not to be had."""
+        if not bare(self.gate, self.up, self.down):
+            return None
+        gate, up, down = None if self.gate is None else self.gate.weight, self.up.weight, self.down.weight
+        if few.why_not(x, gate, up, down) is not None:
+            return None
+        return few.feed_forward(x, gate, up, down, self.act, to.experts, to.weights, to.on_input)
 
 
 class MoE(nn.Module):
@@ -90,6 +99,8 @@ class MoE(nn.Module):
     def routed(self, x: Tensor, ctx: Ctx | None) -> Tensor:
         """Tokens x [N, dim] (those of `ctx` that are in a sequence) through their experts."""
         to = self.router(x, ctx)
+        if (y := self.experts.of_few(x, to)) is not None:
+            return y
         plan = Plan.of(to.experts, self.cfg.experts, dropping=to.dropping)
         rows, weights = spread(x, plan), to.weights
         if to.on_input:

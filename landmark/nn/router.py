@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..ctx import Ctx
+from ..ops.moe import choose
 from .float32 import Float32Buffers
-from .linear import Linear
+from .linear import Linear, bare
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ class Router(nn.Module, ABC):
     def listener(self, x: Tensor, ctx: Ctx | None) -> Ctx | None:
         """Who is to be told of this pass, if anyone is and there is anything to tell."""
         return ctx if self.training and len(x) else None
+
+    def direct(self, x: Tensor, linear: Linear) -> bool:
+        """Whether `choose`, which does all in one call and tells nobody, can choose for these tokens."""
+        return not self.training and bare(linear) and choose.why_not(x, linear.weight) is None
 
     def report_use(self, ctx: Ctx, counts: Tensor, scores: Tensor, dropped: Tensor | None = None) -> None:
         """Figures of a pass: counts [E] of the choices, scores [N, E]."""
@@ -130,7 +135,15 @@ class SoftmaxTopK(Router):
         self.cfg, self.linear = cfg, Linear(dim, experts, bias=False)
 
     def forward(self, x: Tensor, ctx: Ctx | None) -> Routing:
-        c, logits = self.cfg, self.linear(x)
+        c = self.cfg
+        if self.direct(x, self.linear):
+            return Routing(
+                *choose.choose(
+                    x, self.linear.weight, self.active, "softmax", groups=c.groups, active_groups=c.active_groups,
+                    renormalise=c.renormalise, scale=c.scale,
+                )
+            )  # fmt: skip
+        logits = self.linear(x)
         scores = torch.softmax(logits, -1, dtype=torch.promote_types(x.dtype, torch.float32))
         allowed = scores
         if c.active_groups < c.groups:
@@ -230,7 +243,16 @@ class SigmoidTopK(Float32Buffers, Router):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, ctx: Ctx | None) -> Routing:
-        c, wide = self.cfg, torch.promote_types(x.dtype, torch.float32)
+        c = self.cfg
+        if self.direct(x, self.linear):
+            return Routing(
+                *choose.choose(
+                    x, self.linear.weight, self.active, "sigmoid", bias=self.bias, groups=c.groups,
+                    active_groups=c.active_groups, best=2, renormalise=c.renormalise, scale=c.scale, rounded=False,
+                    least=1e-20,
+                )
+            )  # fmt: skip
+        wide = torch.promote_types(x.dtype, torch.float32)
         scores = torch.nn.functional.linear(x.to(wide), self.linear.weight.to(wide)).sigmoid()
         biased = scores.detach() + self.bias
         if c.active_groups < c.groups:
@@ -302,6 +324,8 @@ class SigmoidInput(Router):
         self.cfg, self.linear = cfg, Linear(dim, experts, bias=False)
 
     def forward(self, x: Tensor, ctx: Ctx | None) -> Routing:
+        if self.direct(x, self.linear):
+            return Routing(*choose.choose(x, self.linear.weight, self.active, "logit"), on_input=True)
         logits = self.linear(x)
         best, experts = logits.topk(self.active, -1)
         wide = torch.promote_types(x.dtype, torch.float32)

@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch  # first: its OpenMP runtime must be the one that the kernels find loaded
 
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math")
-HEADER = Path(__file__).with_name("vector.h")
+HEADERS = Path(__file__).parent
 
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -74,7 +74,8 @@ def build(source: Path) -> Path:
         raise Unavailable("LANDMARK_NATIVE=0")
     cc = compiler()
     stat = os.stat(cc)
-    parts = (source.read_bytes(), HEADER.read_bytes(), cc, stat.st_size, stat.st_mtime_ns, FLAGS, processor())
+    headers = [header.read_bytes() for header in sorted(HEADERS.glob("*.h"))]
+    parts = (source.read_bytes(), headers, cc, stat.st_size, stat.st_mtime_ns, FLAGS, processor())
     key = hashlib.sha256(repr(parts).encode())
     folder = cache_dir()
     library = folder / f"{source.stem}-{key.hexdigest()[:24]}.so"
@@ -89,7 +90,7 @@ def build(source: Path) -> Path:
     except OSError as e:
         raise Unavailable(f"cannot write the kernel cache {folder}: {e.strerror}; set XDG_CACHE_HOME") from e
     try:
-        command = [cc, *FLAGS, f"-I{HEADER.parent}", str(source), "-o", name, "-lm"]
+        command = [cc, *FLAGS, f"-I{HEADERS}", str(source), "-o", name, "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if done.returncode != 0:
             first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])

@@ -1,0 +1,160 @@
+"""Feed-forward functions and routers of a few tokens in one call each, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from landmark.nn.feedforward import GLU
+from landmark.nn.moe import MoE
+from landmark.nn.router import SigmoidInput, SigmoidTopK, SoftmaxTopK
+from landmark.ops.activation import ACTIVATIONS, activation
+from landmark.ops.moe import choose, few
+
+TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 1.5e-2}  # of the largest element: a few roundings
+needs_kernel = pytest.mark.skipif(few.SOURCE.why_not() is not None, reason=str(few.SOURCE.why_not()))
+
+
+def weights(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * shape[-1] ** -0.5
+
+
+def reference(
+    x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, act: str, experts: Tensor, scales: Tensor, on_input: bool
+) -> Tensor:
+    """Token by token, expert by expert."""
+    y = torch.zeros_like(x)
+    for n in range(len(x)):
+        for e, scale in zip(experts[n].tolist(), scales[n], strict=True):
+            if e < 0:
+                continue
+            given = x[n] * scale if on_input else x[n]
+            inner = (
+                activation(act)(up[e] @ given) if gate is None else activation(act)(gate[e] @ given) * (up[e] @ given)
+            )
+            y[n] += (down[e] @ inner) * (1 if on_input else scale)
+    return y
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("on_input", [True, False])
+@pytest.mark.parametrize(("dim", "hidden", "number", "active"), [(64, 96, 8, 2), (37, 50, 3, 1), (130, 34, 40, 9)])
+def test_experts(
+    dim: int, hidden: int, number: int, active: int, on_input: bool, gated: bool, dtype: torch.dtype
+) -> None:
+    stacks = [
+        weights(number, *shape, seed=i).to(dtype) for i, shape in enumerate([(hidden, dim)] * 2 + [(dim, hidden)])
+    ]
+    gate, up, down = stacks if gated else (None, *stacks[1:])
+    for tokens in (1, 2, 7, 16):
+        g = torch.Generator().manual_seed(tokens)
+        x = torch.randn(tokens, dim, generator=g).to(dtype)
+        experts = torch.stack([torch.randperm(number, generator=g)[:active] for _ in range(tokens)])
+        if tokens == 7:
+            experts[3] = 0  # all choices one expert
+            experts[2, 0] = -1  # a choice that is dropped
+        scales = torch.rand(tokens, active, generator=g) + 0.1
+        with torch.no_grad():
+            assert few.why_not(x, gate, up, down) is None
+            got = few.feed_forward(x, gate, up, down, "silu", experts, scales, on_input)
+        wide = [None if t is None else t.double() for t in (gate, up, down)]
+        want = reference(x.double(), *wide, "silu", experts, scales.double(), on_input)  # type: ignore[arg-type]
+        assert got.dtype == dtype
+        assert (got.double() - want).abs().max() <= TOLERANCE[dtype] * want.abs().max()
+
+
+@needs_kernel
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@torch.no_grad()
+def test_activations(act: str) -> None:
+    module = GLU(GLU.Config(hidden=50, act=act), 24)  # type: ignore[arg-type]
+    x = 2 * torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(0))
+    module.double()
+    want = module(x.double())
+    got = module.float()(x)
+    assert (got - want).abs().max() <= 4e-6 * want.abs().max()
+
+
+@needs_kernel
+@torch.no_grad()
+def test_who_looks_on_sees_every_call() -> None:
+    """A hook, a bias or another module in the place of a matrix keeps the parts apart."""
+    module, x, seen = GLU(GLU.Config(hidden=8), 4), torch.randn(1, 1, 4), []
+    want = module(x)
+    handle = module.up.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.allclose(module(x), want, atol=1e-6) and seen == [1]
+    handle.remove()
+    module.up = nn.Identity()  # type: ignore[assignment]
+    with pytest.raises(ValueError):
+        module(x)
+    assert GLU(GLU.Config(hidden=8, bias=True), 4)(x).shape == x.shape
+
+
+@needs_kernel
+def test_gradients_take_the_other_way() -> None:
+    module = GLU(GLU.Config(hidden=8), 4)
+    assert module(torch.randn(1, 1, 4)).requires_grad
+    assert few.why_not(torch.randn(17, 4), None, torch.zeros(8, 4), torch.zeros(4, 8)) is not None
+
+
+ROUTERS = {
+    "mixtral": SoftmaxTopK.Config(),
+    "softmax": SoftmaxTopK.Config(renormalise=False, scale=2.0),
+    "deepseek-v2": SoftmaxTopK.Config(renormalise=False, scale=16.0, groups=4, active_groups=2),
+    "deepseek-v3": SigmoidTopK.Config(scale=2.5, groups=4, active_groups=2),
+    "sigmoid": SigmoidTopK.Config(renormalise=False),
+    "llama 4": SigmoidInput.Config(),
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@torch.no_grad()
+def test_routers(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel chooses and weighs as the router does in plain torch."""
+    dim, experts, active = 70, 16, 3
+    router = ROUTERS[name].build(dim, experts, active)
+    router.linear.weight.copy_(weights(experts, dim, seed=0))
+    if isinstance(router, SigmoidTopK):
+        router.bias.copy_(weights(experts, seed=1))
+    router.to(dtype).eval()
+    for tokens in (1, 5, 16):
+        x = (2 * torch.randn(tokens, dim, generator=torch.Generator().manual_seed(tokens))).to(dtype)
+        assert choose.why_not(x, router.linear.weight) is None
+        got = router(x, None)
+        with monkeypatch.context() as plain:
+            plain.setattr(choose, "why_not", lambda *_: "this is the reference")
+            want = router(x, None)
+        if dtype is torch.float32:
+            assert torch.equal(got.experts, want.experts)
+        else:  # logits that are rounded tie
+            assert (got.experts == want.experts).float().mean() > 0.8
+        assert got.weights.dtype == torch.float32
+        assert (got.weights - want.weights).abs().max() <= 2 * TOLERANCE[dtype] * want.weights.max()
+
+
+@needs_kernel
+@torch.no_grad()
+def test_logits_that_are_not_numbers() -> None:
+    """Choices stay within bounds, and distinct."""
+    x = torch.full((1, 8), torch.nan)
+    for scores in ("softmax", "sigmoid", "logit"):
+        experts, _ = choose.choose(x, torch.ones(6, 8), 4, scores, groups=3, active_groups=2)
+        assert len(set(experts[0].tolist())) == 4 and 0 <= int(experts.min()) and int(experts.max()) < 6
+
+
+@torch.no_grad()
+def test_layer_agrees_with_many_tokens() -> None:
+    """A token's answer is the same among few and among many."""
+    config = MoE.Config(
+        experts=8, active=2, hidden=48, router=SigmoidTopK.Config(groups=2), shared=GLU.Config(hidden=32)
+    )
+    layer = config.build(40).eval()
+    for p in layer.parameters():
+        p.copy_(weights(*p.shape, seed=p.numel()))
+    x = torch.randn(1, 40, 40, generator=torch.Generator().manual_seed(0))
+    assert (layer(x)[:, :5] - layer(x[:, :5])).abs().max() < 1e-5
