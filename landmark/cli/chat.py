@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .generate import (
+    Adapter,
     Device,
     Dtype,
     MaxTokens,
@@ -59,13 +60,14 @@ def chat(
     dtype: Dtype = None,
     quantise: Quantise = None,
     device: Device = "cpu",
+    adapter: Adapter = None,
 ) -> None:
     """Talk with a model. Type /help for commands."""
     from rich.console import Console
 
     console = Console(highlight=False)
     with console.status(f"loading {model}"):
-        loaded, tokenizer = open_model(model, dtype, device, quantise)
+        loaded, tokenizer = open_model(model, dtype, device, quantise, adapter)
         from ..infer.chat import Conversation
         from ..infer.defaults import recommended
         from ..models.decoder import Decoder

@@ -32,6 +32,7 @@ Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer;
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: as stored.")]
 Quantise = Annotated[str | None, typer.Option(help="Round the weights as they are loaded: int8, int4 or int4-all.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Adapter = Annotated[str | None, typer.Option(help="A LoRA directory or hub id, in PEFT's format.")]
 
 
 def generate(
@@ -67,6 +68,7 @@ def generate(
         ),
     ] = None,
     device: Device = "cpu",
+    adapter: Adapter = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     batch: Annotated[
         Path | None,
@@ -90,12 +92,12 @@ def generate(
     if batch is not None:
         if text or prompt or file or samples > 1 or beams or stream:
             raise ValueError('--batch takes its prompts from its file, and "n" from its lines; give nothing else')
-        _answer_file(model, batch, output, settings, int(memory * 1e9), at_once, dtype, device, as_json)
+        _answer_file(model, batch, output, settings, int(memory * 1e9), at_once, dtype, device, as_json, adapter)
         return
     prompts = read_prompts([*(text or ()), *(prompt or ())], file or [], lines)
     if beams and samples > 1:
         raise ValueError("--samples draws answers and --beams searches for the best; give one of them")
-    loaded, tokenizer = open_model(model, dtype, device, quantise)
+    loaded, tokenizer = open_model(model, dtype, device, quantise, adapter)
     from ..infer.defaults import recommended
 
     sampling = recommended(loaded, **settings)
@@ -124,7 +126,7 @@ def generate(
 
 def _answer_file(
     spec: str, source: Path, target: Path | None, settings: dict[str, Any], memory: int, at_once: int,
-    dtype: str | None, device: str, as_json: bool,
+    dtype: str | None, device: str, as_json: bool, adapter: str | None,
 ) -> None:  # fmt: skip
     """`--batch`: with a bar, the rate and the time that is left."""
     from rich.console import Console
@@ -139,7 +141,7 @@ def _answer_file(
     if target is None:
         raise ValueError("--batch needs --output, where its answers go")
     read_lines(source)  # before a model is loaded for them
-    model, tokenizer = open_model(spec, dtype, device)
+    model, tokenizer = open_model(spec, dtype, device, adapter=adapter)
     if not isinstance(model, Decoder):
         raise ValueError(f"{spec} is a {type(model).__name__}; --batch serves decoders")
     engine = Engine(model, tokenizer, memory=memory, max_batch=at_once)
@@ -155,7 +157,7 @@ def _answer_file(
             rate = f"{state.tokens / (time.perf_counter() - began):,.0f} tokens/s"
             bar.update(task, total=state.total, completed=state.done, rate=rate)
 
-        key = f"{spec} {model.dtype}"
+        key = f"{spec} {model.dtype}" + (f" {adapter}" if adapter else "")
         done = answer_file(engine, source, target, recommended(model, **settings), key=key, report=report)
     seconds = time.perf_counter() - began
     figures = {"output": str(target), "lines": done.total, "failed": done.failed, "tokens": done.tokens}
@@ -180,7 +182,7 @@ def read_prompts(given: list[str], files: list[Path], lines: bool) -> list[str]:
 
 
 def open_model(
-    spec: str, dtype: str | None, device: str, quantise: str | None = None
+    spec: str, dtype: str | None, device: str, quantise: str | None = None, adapter: str | None = None
 ) -> tuple[Decoder | EncoderDecoder, Tokenizer]:
     """A generating model and its tokenizer."""
     import landmark
@@ -200,6 +202,10 @@ def open_model(
         rounded = quantised(model, quantise)
         assert isinstance(rounded, Decoder | EncoderDecoder)
         model = rounded
+    if adapter is not None:
+        from ..transforms.lora import attach, read_adapter
+
+        attach(model, {adapter: read_adapter(adapter, model)}).choose(adapter)
     return model, Tokenizer.load(directory)
 
 

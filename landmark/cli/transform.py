@@ -31,15 +31,21 @@ def transform(
     pack: Annotated[
         bool, typer.Option("--pack", help="Ternary linear maps in two bits a weight, to be used and trained no more.")
     ] = False,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="A LoRA directory or hub id (PEFT) to merge; several add up.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: as stored.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Fewer key-value heads, more layers, a longer context or ternary weights for a trained model. The new one begins
     near the old, and goes on to be trained: landmark train run.toml --set model=OUT
+
+    With --adapter, LoRA adapters become part of the weights.
     """
-    if kv_heads is None and drop_layers is None and rope is None and not bitnet and not pack:
+    if kv_heads is None and drop_layers is None and rope is None and not bitnet and not pack and not adapter:
         raise ValueError(
-            "there is nothing to transform; give --kv-heads N, --drop-layers N, --rope WAY, --bitnet or --pack"
+            "there is nothing to transform; give --kv-heads N, --drop-layers N, --rope WAY, --bitnet, --pack or "
+            "--adapter DIRECTORY"
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already; give a directory that is not there yet")
@@ -48,10 +54,13 @@ def transform(
     from ..transforms import bitnet as ternary
     from ..transforms.depth import upscale_depth
     from ..transforms.extend import extend_context
+    from ..transforms.lora import merge, read_adapter
     from ..transforms.uptrain import pool_heads
     from ..weights.checkpoint import load, save
 
     old = new = load(model, dtype=dtype)
+    for one in [read_adapter(where, old) for where in adapter or ()]:
+        merge(old, one)
     if kv_heads is not None:
         new = pool_heads(new, kv_heads)
     if drop_layers is not None:

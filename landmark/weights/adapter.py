@@ -19,6 +19,7 @@ from ..config import nearest
 from ..models.base import Model
 from ..models.registry import Keys, families, family_of
 from ..nn.lora import linear_maps
+from .checkpoint import locate
 from .files import read_file, read_json, write_file, write_json
 from .low_rank import LowRank
 from .rules import Rule, load, unload
@@ -46,14 +47,14 @@ class Adapter:
 
 
 def read_adapter(directory: str | Path, model: Model) -> Adapter:
-    """The adapter in a directory, for this model.
+    """The adapter in a directory, or under a hub id, for this model.
 
     Raises ValueError, naming the file and the key, for what would change the numbers and is not understood, and for an
     adapter that was made for another model: maps that this one lacks, tensors that are missing or of another shape.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise ValueError(f"{directory} is no directory; an adapter is one with {CONFIG} and {WEIGHTS}")
+    directory = locate(directory)
+    if not (directory / CONFIG).exists():
+        raise ValueError(f"{directory} holds no {CONFIG}; an adapter is a directory with that and {WEIGHTS}")
     config = read_json(directory / CONFIG)
     check_config(config, directory / CONFIG)
     if not (directory / WEIGHTS).exists():
@@ -107,7 +108,7 @@ def write_adapter(adapter: Adapter, model: Model, directory: str | Path) -> None
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for path, low in found.items():
-        tensors |= {f"{ROOT}{path}.lora_A.weight": low.right, f"{ROOT}{path}.lora_B.weight": low.left}
+        tensors |= {f"{ROOT}{path}.lora_A.weight": low.right.clone(), f"{ROOT}{path}.lora_B.weight": low.left.clone()}
     write_file(directory / WEIGHTS, tensors)
     write_json(directory / CONFIG, config_of(adapter.config, found, [n.removesuffix(".weight") for n in theirs]))
 

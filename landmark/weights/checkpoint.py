@@ -19,6 +19,7 @@ from ..models.base import Model, Origin
 from ..models.pattern import Pattern, is_pattern
 from ..models.registry import Family, Keys, family_of, named, published
 from ..nn.float32 import float32_buffers
+from ..nn.lora import LoRA
 from .files import read_json, read_tensors, write_json, write_tensors
 from .rules import load as apply_rules
 from .rules import unload
@@ -81,6 +82,10 @@ def save(model: Model, directory: str | Path, *, shard_bytes: int = 5_000_000_00
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; a model is saved to a directory")
+    if any(isinstance(module, LoRA) for module in model.modules()):
+        raise ValueError(
+            "the model has adapters beside its weights; write_adapter saves these, merge or detach ends it"
+        )
     weights = model.state_dict()
     hf = published_form(model)
     dtype = str(model.dtype).removeprefix("torch.")
