@@ -96,6 +96,11 @@ class LoRA(nn.Module):
         super().__init__()
         self.base, self.adapters, self.factors = base, adapters, nn.ModuleDict()
 
+    @property
+    def bias(self) -> Any:
+        """The base's, which is no adapter's. There is no `weight`: it would be another for each token."""
+        return self.base.bias
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         y: Tensor = self.base(x)
