@@ -44,22 +44,12 @@ def test_against_float64(shape: tuple[int, int, int], backend: Backend, dtype: t
     bias = torch.randn(out, generator=generator).to(dtype)
     if (reason := grouped.why_not(backend, x, codes)) is not None:
         pytest.fail(reason)
-    seen = reference.round_rows(x).double() if backend == "few" else x.double()
-    whole = reference.restore(codes, scales, bits, width, torch.float32).double()
-    want = seen @ whole.mT + bias.double()
+    whole = reference.restore(codes, scales, bits, width, dtype).double()
+    want = x.double() @ whole.mT + bias.double()
     got = linear(x, codes, scales, bias, bits, backend=backend)
     assert got.dtype == dtype
     error = (got.double() - want).abs().max() / want.abs().max()
-    assert error < (3e-6 if dtype == torch.float32 else 1e-2)
-
-
-def test_few_rows_err_no_more_than_bfloat16() -> None:
-    _, codes, scales = made(64, 1024, 8)
-    x = torch.randn(4, 1024, generator=torch.Generator().manual_seed(2))
-    whole = reference.restore(codes, scales, 8, 1024, torch.float32)
-    want, scale = x @ whole.mT, (x @ whole.mT).square().mean().sqrt()
-    ours = (linear(x, codes, scales, None, 8, backend="few") - want).square().mean().sqrt() / scale
-    assert ours < 8e-3
+    assert error < (3e-6 if dtype == torch.float32 else 5e-3)
 
 
 def test_a_gradient_flows_to_x() -> None:

@@ -127,13 +127,14 @@ def test_autocast_and_no_rows_go_to_torch() -> None:
 
 
 @torch.no_grad()
-def test_picks_skinny_for_few_rows() -> None:
-    x, weight = torch.randn(1, 1, 8), torch.nn.Parameter(torch.randn(4, 8))
+@pytest.mark.parametrize(("width", "picked"), [(1024, "landmark::linear_skinny"), (8, "aten::linear")])
+def test_picks_by_size_for_few_rows(width: int, picked: str) -> None:
+    x, weight = torch.randn(1, 1, width), torch.nn.Parameter(torch.randn(width, width))
     if (reason := ops.why_not("skinny", x, weight)) is not None:
         pytest.skip(reason)
     with torch.profiler.profile() as profile:
         linear(x, weight)
-    assert "landmark::linear_skinny" in {event.key for event in profile.key_averages()}
+    assert picked in {event.key for event in profile.key_averages()}
 
 
 def test_compiles_and_fakes() -> None:

@@ -1,7 +1,7 @@
 """Linear maps whose weights are codes of 4 or 8 bits in groups of 32: read at memory speed where rows are few.
 
-Up to `MAX_ROWS` rows are rounded to 8 bits in the same groups and multiplied as whole numbers (with the error of
-bfloat16, about); more rows meet the restored weight in their own precision.
+Up to `MAX_ROWS` rows meet weights that are restored in registers, in the precision of x; more rows a weight that is
+restored in memory, which is the same numbers.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .reference import GROUP, STEP, Bits, quantise
 
 Backend = Literal["reference", "few", "restored"]
 SOURCE = Source(Path(__file__).with_name("grouped.c"))
+SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 MAX_ROWS = 16
 ONE_THREAD = 2**17  # bytes of codes that a second thread would not read any sooner
 
@@ -73,8 +74,7 @@ def _restored(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bit
 
 @cache
 def _kernel(bits: int, dtype: torch.dtype) -> Any:
-    name = f"grouped{bits}_{'bf16' if dtype == torch.bfloat16 else 'f32'}"
-    return SOURCE.function(name, *[c_void_p] * 5, *[c_int64] * 3, c_int)
+    return SOURCE.function(f"grouped{bits}_{SUFFIX[dtype]}", *[c_void_p] * 5, *[c_int64] * 3, c_int)
 
 
 _library = torch.library.Library("landmark", "FRAGMENT")
@@ -104,10 +104,9 @@ few = torch.ops.landmark.grouped_few.default
 @torch.library.custom_op("landmark::grouped_restore", mutates_args=())
 def _restore(codes: Tensor, scales: Tensor, bits: int, width: int, dtype: torch.dtype) -> Tensor:
     y = torch.empty(codes.shape[0], width, dtype=dtype)
-    kernel = SOURCE.function("grouped_restore", *[c_void_p] * 3, *[c_int64] * 2, *[c_int] * 3)
+    kernel = SOURCE.function(f"restore{bits}_{SUFFIX[dtype]}", *[c_void_p] * 3, *[c_int64] * 2, c_int)
     threads = torch.get_num_threads() if codes.numel() > ONE_THREAD else 1
-    half = dtype == torch.bfloat16
-    kernel(codes.data_ptr(), scales.data_ptr(), y.data_ptr(), codes.shape[0], width, bits, threads, half)
+    kernel(codes.data_ptr(), scales.data_ptr(), y.data_ptr(), codes.shape[0], width, threads)
     return y
 
 

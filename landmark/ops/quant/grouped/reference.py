@@ -49,14 +49,6 @@ def restore(codes: Tensor, scales: Tensor, bits: Bits, width: int, dtype: torch.
     return (whole.unflatten(1, (-1, GROUP)) * scales.float()[..., None]).flatten(1)[:, :width].to(dtype)
 
 
-def round_rows(x: Tensor) -> Tensor:
-    """x [..., n] with every group of 32 rounded to 8 bits, in float32: what few rows are multiplied as."""
-    groups = F.pad(x.float(), (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
-    top = groups.abs().amax(-1, keepdim=True)
-    codes = (groups * torch.where(top == 0, 0, 127 / top)).round()
-    return (codes * (top / 127)).flatten(-2)[..., : x.shape[-1]]
-
-
 def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: Bits) -> Tensor:
     """x [..., in] times the restored weight."""
     return F.linear(x, restore(codes, scales, bits, x.shape[-1], x.dtype), bias)
