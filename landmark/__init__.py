@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 if "OMP_WAIT_POLICY" not in os.environ:
     # OpenMP threads that wait for one which is not running spin, for milliseconds by default. Read as torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    # Both keep kernels made for a number of rows, 0.4 MB each. Texts have all lengths, and 1024 of each are too many.
+    os.environ.setdefault(_cache, "256")
 
 __version__ = "0.1.0"
 
