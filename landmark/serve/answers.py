@@ -136,7 +136,8 @@ class ChatChoice:
         deltas = self._deltas(event)
         if event.finish is not None:
             self.finish = "tool_calls" if self.calls and event.finish == "stop" else event.finish
-        pieces = [self._piece(delta) for delta in deltas] or ([self._piece({})] if scored or event.finish else [])
+        told = scored or event.finish or self.body.return_token_ids  # though there is no text yet
+        pieces = [self._piece(delta) for delta in deltas] or ([self._piece({})] if told else [])
         if scored and pieces:
             pieces[0]["logprobs"] = {"content": scored, "refusal": None}
         if pieces and self.body.return_token_ids:
