@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from ..config import ModuleConfig
 from ..ctx import Ctx
-from ..ops.fused import activate, glu
+from ..ops.fused import glu
 from .cache import SlotState
+from .feedforward import perceptron
 from .linear import Linear
 from .token_shift import TokenShift, depth, fill
 
@@ -42,8 +43,7 @@ class RWKV7ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, ctx: Ctx, state: SlotState | None = None) -> Tensor:
         (k,) = self.shift(x, ctx, state)
-        out: Tensor = self.down(activate(self.up(k), "relu2"))
-        return out
+        return perceptron(k, self.up, self.down, "relu2")
 
 
 class RWKV4ChannelMix(RWKV7ChannelMix):
@@ -70,7 +70,7 @@ class RWKV4ChannelMix(RWKV7ChannelMix):
 
     def forward(self, x: Tensor, ctx: Ctx, state: SlotState | None = None) -> Tensor:
         k, r = self.shift(x, ctx, state)
-        return glu(self.gate(r), self.down(activate(self.up(k), "relu2")), "sigmoid")
+        return glu(self.gate(r), perceptron(k, self.up, self.down, "relu2"), "sigmoid")
 
 
 class RWKV6ChannelMix(RWKV4ChannelMix):

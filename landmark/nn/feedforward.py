@@ -15,6 +15,16 @@ from .linear import Linear, bare
 from .norm import NormConfig
 
 
+def perceptron(x: Tensor, up: nn.Module, down: nn.Module, act: Activation) -> Tensor:
+    """down(act(up(x))), for a few tokens in one call if both are plain linear maps. x [..., in] -> [..., out]."""
+    if type(up) is Linear and type(down) is Linear and bare(up, down):
+        if few.why_not(x, None, up.weight, down.weight, up.bias, down.bias) is None:
+            return few.feed_forward(x, None, up.weight, down.weight, act, up_bias=up.bias, down_bias=down.bias)
+    inner = up(x)
+    out: Tensor = down(inner if act == "identity" else activate(inner, act))
+    return out
+
+
 class MLP(nn.Module):
     """down(act(up(x))) (Vaswani et al. 2017, eq. 2)."""
 
@@ -33,8 +43,7 @@ class MLP(nn.Module):
         self.up, self.down = Linear(dim, cfg.hidden, cfg.bias), Linear(cfg.hidden, dim, cfg.bias)
 
     def forward(self, x: Tensor, ctx: Ctx | None = None, state: Any = None) -> Tensor:
-        out: Tensor = self.down(activate(self.up(x), self.act))
-        return out
+        return perceptron(x, self.up, self.down, self.act)
 
 
 class GLU(nn.Module):
@@ -61,7 +70,7 @@ class GLU(nn.Module):
         self.norm = cfg.norm.build(cfg.hidden) if cfg.norm else None
 
     def forward(self, x: Tensor, ctx: Ctx | None = None, state: Any = None) -> Tensor:
-        if self.norm is None and bare(self.gate, self.up, self.down):
+        if self.norm is None and self.gate.bias is None and bare(self.gate, self.up, self.down):
             weights = self.gate.weight, self.up.weight, self.down.weight
             if few.why_not(x, *weights) is None:
                 return few.feed_forward(x, *weights, self.act)

@@ -10,6 +10,7 @@ from ..ctx import Bounds, Ctx
 from ..ops.attention import attention
 from ..ops.attention.pages import Pages
 from ..ops.headwise import headwise
+from ..ops.latent import cpu
 from .cache import KVCache
 from .linear import Linear
 from .norm import NormConfig, RMSNorm
@@ -70,8 +71,11 @@ class LatentAttention(nn.Module):
         c = self.cfg
         q = self.q(x) if c.q_rank is None else self.q_up(self.q_norm(self.q_down(x)))
         q = q.view(*x.shape[:-1], c.heads, c.head_dim + c.rope_dim)
-        q, q_rope = q[..., : c.head_dim], self.rope(q[..., c.head_dim :], ctx)
         down = self.kv_down(x)
+        if state is not None and ctx.bounds.longest == 1 and (y := self._step(q, down, ctx, state)) is not None:
+            stepped: Tensor = self.out(y)
+            return stepped
+        q, q_rope = q[..., : c.head_dim], self.rope(q[..., c.head_dim :], ctx)
         latent, k_rope = self.kv_norm(down[..., : c.kv_rank]), self.rope(down[..., None, c.kv_rank :], ctx)
         if state is None:
             y = self._expanded(q, q_rope, latent, k_rope, ctx.bounds, ctx.bounds)
@@ -84,6 +88,31 @@ class LatentAttention(nn.Module):
                 y = self._over_kept(q, q_rope, kept, ctx.bounds, seen)
         out: Tensor = self.out(y.flatten(-2))
         return out
+
+    def _step(self, q: Tensor, down: Tensor, ctx: Ctx, state: KVCache) -> Tensor | None:
+        """One token of each sequence, absorbed, in as few calls as there can be; None where the kernel cannot run.
+        q [B, T, heads, head_dim + rope_dim], down [B, T, kv_rank + rope_dim] -> [B, T, heads * v_dim]."""
+        c, norm = self.cfg, self.kv_norm
+        if type(norm) is not RMSNorm or self.rope.dim != c.rope_dim:
+            return None
+        up_k, up_v = self._up()
+        cos, sin = self.rope.tables(ctx, q.dtype)
+        if cpu.why_not(q, down, up_k, norm.weight, cos) is not None:
+            return None
+        q, entry = cpu.absorb(
+            q, down, up_k, norm.weight, cos, sin, norm.eps, norm.offset, self.rope.cfg.interleaved
+        )  # fmt: skip
+        kept, _, seen = state.extend(entry, entry[..., :0], ctx)
+        y = attention(
+            q, kept, kept[..., : c.kv_rank], bounds=ctx.bounds, k_bounds=seen, scale=self.scale, causal=True
+        )  # fmt: skip
+        return headwise(y, up_v).flatten(-2)
+
+    def _up(self) -> tuple[Tensor, Tensor]:
+        """W_UK [heads, head_dim, kv_rank] and W_UV [heads, v_dim, kv_rank]."""
+        c = self.cfg
+        both: Tensor = self.kv_up.weight.view(c.heads, c.head_dim + c.v_dim, c.kv_rank)
+        return both.narrow(1, 0, c.head_dim), both.narrow(1, c.head_dim, c.v_dim)
 
     def _over_kept(self, q: Tensor, q_rope: Tensor, kept: Tensor, bounds: Bounds, seen: Bounds) -> Tensor:
         """Whichever way costs less, for each sequence where all are in pages: a step of an engine continues many
@@ -117,7 +146,7 @@ class LatentAttention(nn.Module):
     def _absorbed(self, q: Tensor, q_rope: Tensor, kept: Tensor, bounds: Bounds, seen: Bounds) -> Tensor:
         """Heads share `kept` as key and its beginning as value (sec. 2.1.2: the matrices are absorbed)."""
         c = self.cfg
-        up_k, up_v = self.kv_up.weight.view(c.heads, c.head_dim + c.v_dim, c.kv_rank).split([c.head_dim, c.v_dim], 1)
+        up_k, up_v = self._up()
         q = torch.cat([headwise(q, up_k.mT), q_rope], -1)
         y = attention(q, kept, kept[..., : c.kv_rank], bounds=bounds, k_bounds=seen, scale=self.scale, causal=True)
         return headwise(y, up_v)

@@ -49,15 +49,11 @@ class GroupedLinear(nn.Module):
 
 
 def bare(*modules: nn.Module | None) -> bool:
-    """Whether each (None aside) is a `Linear` or `GroupedLinear` as it is made here, without a bias, on which nobody
-    has a hook: then its weight says all of what it does, and a kernel may do it together with its neighbours."""
+    """Whether each (None aside) is a `Linear` or `GroupedLinear` as it is made here, on which nobody has a hook: then
+    its weight and bias say all of what it does, and a kernel may do it together with its neighbours."""
     return all(
         m is None
-        or (
-            (type(m) is GroupedLinear or (type(m) is Linear and m.bias is None))
-            and not m._forward_hooks
-            and not m._forward_pre_hooks
-        )
+        or ((type(m) is GroupedLinear or type(m) is Linear) and not m._forward_hooks and not m._forward_pre_hooks)
         for m in modules
     )
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..ctx import Ctx
-from ..ops.activation import activation
+from ..ops.activation import check_activation
 from ..ops.shift import token_mix
 from .cache import SlotState
+from .feedforward import perceptron
 from .linear import Linear
 
 
@@ -51,7 +52,7 @@ class LowRank(nn.Module):
 
     def __init__(self, dim: int, rank: int, out: int, *, act: str = "identity", bias: bool = True) -> None:
         super().__init__()
-        self.act = activation(act)
+        self.act = check_activation(act)
         self.down, self.up = Linear(dim, rank, bias=False), Linear(rank, out, bias=bias)
 
     @torch.no_grad()
@@ -63,8 +64,7 @@ class LowRank(nn.Module):
             self.up.bias.copy_(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.up(self.act(self.down(x)))
-        return out
+        return perceptron(x, self.down, self.up, self.act)
 
 
 @torch.no_grad()

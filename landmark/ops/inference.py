@@ -1,5 +1,5 @@
-"""Operators for calls that need no gradient: torch.library's `custom_op` spends ten microseconds of a call on autograd,
-which is most of what one decoded token costs a small layer."""
+"""Calls that need no gradient: torch.library's `custom_op` spends ten microseconds of a call on autograd, and any
+operator five on its way from Python to Python, which is most of what one decoded token costs a small layer."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from torch import Tensor
 _library = torch.library.Library("landmark", "FRAGMENT")
 
 
-def inference_op(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """The operator landmark::`name` that runs `run` on the processor, and has no gradient; `fake` says its shapes."""
+def inference_op(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, which takes plain tensors on the processor and has no gradient; to compilers it is the operator
+    landmark::`name`, of which `fake` says the shapes."""
     _library.define(name + torch.library.infer_schema(run, mutates_args=()))
     _library.impl(name, run, "CPU")
     torch.library.register_fake(f"landmark::{name}", fake, lib=_library)
-    return getattr(torch.ops.landmark, name).default
+    op = getattr(torch.ops.landmark, name).default
+
+    def call(*args: Any) -> Any:
+        return (op if torch.compiler.is_compiling() else run)(*args)
+
+    return call
 
 
 def learns(*tensors: Tensor | None) -> bool:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from landmark.nn.feedforward import GLU
+from landmark.nn.feedforward import GLU, perceptron
+from landmark.nn.linear import Linear
 from landmark.nn.moe import MoE
 from landmark.nn.router import SigmoidInput, SigmoidTopK, SoftmaxTopK
 from landmark.ops.activation import ACTIVATIONS, activation
@@ -158,3 +159,22 @@ def test_layer_agrees_with_many_tokens() -> None:
         p.copy_(weights(*p.shape, seed=p.numel()))
     x = torch.randn(1, 40, 40, generator=torch.Generator().manual_seed(0))
     assert (layer(x)[:, :5] - layer(x[:, :5])).abs().max() < 1e-5
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@torch.no_grad()
+def test_perceptron_with_biases(dtype: torch.dtype) -> None:
+    up, down = Linear(30, 50), Linear(50, 70)
+    for layer in (up, down):
+        layer.double()
+    for tokens in (1, 3, 8):
+        x = torch.randn(1, tokens, 30, generator=torch.Generator().manual_seed(tokens), dtype=torch.float64)
+        narrow = [Linear(30, 50).to(dtype), Linear(50, 70).to(dtype)]
+        for a, b in zip(narrow, (up, down), strict=True):
+            a.load_state_dict(b.state_dict())
+            b.load_state_dict(a.state_dict())
+        assert few.why_not(x.to(dtype), None, narrow[0].weight, narrow[1].weight, narrow[0].bias) is None
+        got, want = perceptron(x.to(dtype), *narrow, "tanh"), perceptron(x.to(dtype).double(), up, down, "tanh")
+        assert got.shape == want.shape and got.dtype == dtype
+        assert (got.double() - want).abs().max() <= TOLERANCE[dtype] * want.abs().max()

@@ -1,15 +1,16 @@
 // Feed-forward functions of a few tokens, each through its own experts, in one call that reads every weight once:
-// y[n] = sum over j of weights[n, j] down_e (act(gate_e x[n]) up_e x[n]), e = experts[n, j].
+// y[n] = sum over j of weights[n, j] down_e (act(gate_e x[n]) up_e x[n]), e = experts[n, j]; act(up_e x[n]) without gates.
 #include <stdlib.h>
 #include "act.h"
 #include "dots.h"
 
 typedef struct {
-    const char *x, *gate, *up, *down;  // x [tokens, dim]; gate (or null), up [number, hidden, dim]; down [number, dim, hidden]
+    const char *x, *gate, *up, *down;  // x [tokens, dim]; gate (or null), up [number, hidden, dim]; down [number, out, hidden]
     const int64_t *experts;            // [tokens, active], -1 for none; null: all tokens pass expert 0
     const float *weights;              // [tokens, active]; null: ones
-    char *y;                           // [tokens, dim]
-    int64_t tokens, active, number, dim, hidden, kind, on_input, threads;
+    const char *up_bias, *down_bias;   // [hidden] and [out], or null, where all tokens pass expert 0
+    char *y;                           // [tokens, out]
+    int64_t tokens, active, number, dim, out, hidden, kind, on_input, threads;
 } Call;
 
 // Up to FEW choices of one expert.
@@ -63,8 +64,9 @@ INLINE void inner(const Call *c, int64_t e, const char *const *x, char *const *h
         const int64_t n = MIN(W, to - o), at = (e * c->hidden + o) * row;
         rows(c->up + at, c->dim, n, x, b, M, half);
         if (c->gate) rows(c->gate + at, c->dim, n, x, a, M, half);
+        const vf bias = !c->up_bias ? splat(0) : n == W ? load(c->up_bias, o, half) : load_n(c->up_bias, o, n, 0, half);
         for (int m = 0; m < M; m++) {
-            const vf up = load(b[m], 0, 0), y = c->gate ? up * activated(load(a[m], 0, 0), kind) : activated(up, kind);
+            const vf up = load(b[m], 0, 0) + bias, y = c->gate ? up * activated(load(a[m], 0, 0), kind) : activated(up, kind);
             if (n == W)
                 store(h[m], o, y, half);
             else
@@ -79,7 +81,7 @@ INLINE void outer(const Call *c, int64_t e, const char *const *h, float *const *
     float t[FEW][W];
     for (int64_t o = from; o < to; o += W) {
         const int64_t n = MIN(W, to - o);
-        rows(c->down + (e * c->dim + o) * c->hidden * (half ? 2 : 4), c->hidden, n, h, t, M, half);
+        rows(c->down + (e * c->out + o) * c->hidden * (half ? 2 : 4), c->hidden, n, h, t, M, half);
         for (int m = 0; m < M; m++) memcpy(z[m] + o, t[m], n * sizeof(float));
     }
 }
@@ -118,7 +120,7 @@ INLINE void second(const Call *c, const Group *g, Room room, int64_t from, int64
     const char *h[FEW];
     float *z[FEW];
     for (int64_t m = 0; m < g->many; m++)
-        h[m] = room.h + g->choice[m] * c->hidden * (half ? 2 : 4), z[m] = room.z + g->choice[m] * c->dim;
+        h[m] = room.h + g->choice[m] * c->hidden * (half ? 2 : 4), z[m] = room.z + g->choice[m] * c->out;
     EACH(g->many, outer, c, g->expert, h, z, from, to)
 }
 
@@ -140,27 +142,27 @@ INLINE void scaled(const Call *c, char *to, const int half) {
 INLINE void combined(const Call *c, const float *z, const int half) {
     const int weighted = c->weights && !c->on_input;
     for (int64_t n = 0; n < c->tokens; n++)
-        for (int64_t i = 0; i < c->dim; i += W) {
-            const int64_t count = MIN(W, c->dim - i);
-            vf y = splat(0);
+        for (int64_t i = 0; i < c->out; i += W) {
+            const int64_t count = MIN(W, c->out - i);
+            vf y = !c->down_bias ? splat(0) : count == W ? load(c->down_bias, i, half) : load_n(c->down_bias, i, count, 0, half);
             for (int64_t j = n * c->active; j < (n + 1) * c->active; j++) {
                 if (c->experts && c->experts[j] < 0) continue;
-                const vf part = count == W ? load(z, j * c->dim + i, 0) : load_n(z, j * c->dim + i, count, 0, 0);
+                const vf part = count == W ? load(z, j * c->out + i, 0) : load_n(z, j * c->out + i, count, 0, 0);
                 y += weighted ? c->weights[j] * part : part;
             }
             if (count == W)
-                store(c->y, n * c->dim + i, y, half);
+                store(c->y, n * c->out + i, y, half);
             else
-                store_n(c->y, n * c->dim + i, count, y, half);
+                store_n(c->y, n * c->out + i, count, y, half);
         }
 }
 
 INLINE void few(const Call *c, const int half) {
     const int64_t choices = c->tokens * c->active, size = half ? 2 : 4;
     Group *groups = malloc(choices * sizeof *groups);
-    char *space = malloc(choices * ((c->hidden + (c->on_input ? c->dim : 0)) * size + c->dim * 4));
+    char *space = malloc(choices * ((c->hidden + (c->on_input ? c->dim : 0)) * size + c->out * 4));
     if (!groups || !space) abort();
-    Room room = {0, space + choices * c->dim * 4, (float *)space};
+    Room room = {0, space + choices * c->out * 4, (float *)space};
     if (c->on_input) {
         room.x = room.h + choices * c->hidden * size;
         scaled(c, room.x, half);
@@ -174,7 +176,7 @@ INLINE void few(const Call *c, const int half) {
             one(c, groups + t / cuts, room, c->hidden * (t % cuts) / cuts, c->hidden * (t % cuts + 1) / cuts);
 #pragma omp for schedule(dynamic)
         for (int64_t t = 0; t < count * cuts; t++)
-            two(c, groups + t / cuts, room, c->dim * (t % cuts) / cuts, c->dim * (t % cuts + 1) / cuts);
+            two(c, groups + t / cuts, room, c->out * (t % cuts) / cuts, c->out * (t % cuts + 1) / cuts);
     }
     combined(c, room.z, half);
     free(groups), free(space);

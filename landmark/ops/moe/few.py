@@ -23,7 +23,7 @@ MAX_TOKENS = 16  # beyond them the products of many rows are as fast
 MAX_BYTES = 2**16  # of all tokens' hidden vectors, beyond which a matrix that all of them pass reads in blocks faster
 ONE_THREAD = 2**18  # bytes of weights that a second thread would not read any sooner
 _PLAIN = (Tensor, Parameter)
-_pack = Struct("7P8q").pack  # few.c's Call
+_pack = Struct("9P9q").pack  # few.c's Call
 
 
 @cache
@@ -31,9 +31,9 @@ def _kernel(dtype: torch.dtype) -> Any:
     return SOURCE.function(KERNELS[dtype], c_char_p)
 
 
-def why_not(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor) -> str | None:
+def why_not(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, *biases: Tensor | None) -> str | None:
     """None if the kernel can run on tokens x [N, dim] and weights [E, out, in] or [out, in], else why not."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gate, up, down)):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gate, up, down, *biases)):
         return "it has no gradient"
     dtype = x.dtype
     if dtype not in KERNELS:
@@ -42,7 +42,7 @@ def why_not(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor) -> str | N
         return f"it takes 1 to {MAX_TOKENS} tokens, not {rows}"
     if up.ndim == 2 and rows * max(up.shape) * x.itemsize > MAX_BYTES:
         return f"it takes {MAX_BYTES} bytes of hidden vectors that share a matrix"
-    for t in (x, gate, up, down):
+    for t in (x, gate, up, down, *biases):
         if t is not None and (type(t) not in _PLAIN or not t.is_cpu or t.dtype != dtype):
             return f"it takes plain tensors of one dtype on cpu, not {type(t).__name__} {t.dtype} on {t.device.type}"
         if t is not None and t is not x and not t.is_contiguous():
@@ -56,13 +56,19 @@ def why_not(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor) -> str | N
 
 def feed_forward(
     x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, act: str, experts: Tensor | None = None,
-    weights: Tensor | None = None, on_input: bool = False,
+    weights: Tensor | None = None, on_input: bool = False, *, up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """As `ops.moe.feed_forward`, for arguments that `why_not` accepts; without experts, weights are [hidden, dim] and
-    [dim, hidden], and every token passes them."""
+    """y[n] = sum_j weights[n, j] down_e (act(gate_e x[n]) up_e x[n]) with e = experts[n, j], for arguments that
+    `why_not` accepts; act(up_e x[n]) without `gate`.
+
+    x [N, dim]; gate, up [E, hidden, dim]; down [E, out, hidden]; experts [N, k], -1 for a choice that is dropped;
+    weights [N, k] in float32, which multiply inputs instead if `on_input`. Without experts, x is [..., dim], weights
+    are [hidden, dim] and [out, hidden], every token passes them, and there may be biases. -> [..., out].
+    """
     x = x.contiguous()
-    hidden, dim = up.shape[-2:]
-    y, tokens = torch.empty_like(x), x.numel() // dim
+    (hidden, dim), out = up.shape[-2:], down.shape[-2]
+    y, tokens = x.new_empty((*x.shape[:-1], out)), x.numel() // dim
     if experts is None:
         active = number = 1
         chosen = scales = 0
@@ -70,10 +76,11 @@ def feed_forward(
         assert weights is not None
         experts, weights = experts.contiguous(), weights.contiguous()
         active, number, chosen, scales = experts.shape[1], up.shape[0], experts.data_ptr(), weights.data_ptr()
-    bytes_read = min(tokens * active, number) * hidden * dim * x.itemsize
+    bytes_read = min(tokens * active, number) * up.shape[-2] * dim * x.itemsize
     call = _pack(
         x.data_ptr(), 0 if gate is None else gate.data_ptr(), up.data_ptr(), down.data_ptr(), chosen, scales,
-        y.data_ptr(), tokens, active, number, dim, hidden, KINDS[act], on_input,
+        *(0 if t is None else t.data_ptr() for t in (up_bias, down_bias)), y.data_ptr(), tokens, active, number, dim,
+        out, hidden, KINDS[act], on_input,
         torch.get_num_threads() if bytes_read > ONE_THREAD else 1,
     )  # fmt: skip
     _kernel(x.dtype)(call)

@@ -48,13 +48,22 @@ INLINE void dots_by(const char *const *w, const char *const *x, int64_t n, vf *a
         }
     for (int u = 1; u < U; u++)
         for (int i = 0; i < R * M; i++) part[i] += part[u * R * M + i];
-    for (; at < bytes; at += step)
-        for (int r = 0; r < R; r++)
-            for (int m = 0; m < M; m++) {
-                char a[64] = {0}, b[64] = {0};
-                memcpy(a, w[r] + at, MIN(step, bytes - at)), memcpy(b, x[m] + at, MIN(step, bytes - at));
+#pragma GCC unroll 1
+    for (; at + step <= bytes; at += step)
+        for (int r = 0; r < R; r++) {
+            const vf v = step_of(w[r] + at, half);
+            for (int m = 0; m < M; m++) part[r * M + m] = times(v, step_of(x[m] + at, half), part[r * M + m], half);
+        }
+    if (at < bytes)
+        for (int m = 0; m < M; m++) {
+            char b[64] = {0};
+            memcpy(b, x[m] + at, bytes - at);
+            for (int r = 0; r < R; r++) {
+                char a[64] = {0};
+                memcpy(a, w[r] + at, bytes - at);
                 part[r * M + m] = times(step_of(a, half), step_of(b, half), part[r * M + m], half);
             }
+        }
     for (int i = 0; i < R * M; i++) acc[i] = part[i];
 }
 
