@@ -66,6 +66,8 @@ class Server:
         """Into the engine's queue. Raises a 429 where it is full, a 503 where the server is about to end."""
         if self.draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "30"})
+        if not served.engine.running:
+            raise ApiError(503, f"the engine of {served.name} has ended; the server is to be restarted", code="ended")
         waiting = served.engine.stats().waiting
         if waiting >= self.limits.queue:
             raise ApiError(
@@ -298,6 +300,8 @@ def create_app(models: Sequence[Served | ServedEncoder], limits: Limits = Limits
         """Whether requests are taken."""
         if server.draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
+        if ended := [s.name for s in models if isinstance(s, Served) and not s.engine.running]:
+            raise ApiError(503, f"the engine of {ended[0]} has ended; the server is to be restarted", code="ended")
         return {"status": "ok"}
 
     @app.get("/metrics", response_class=Response)

@@ -181,6 +181,42 @@ def test_a_crash_fails_who_ran_and_nobody_else(engine: Engine, monkeypatch: pyte
     assert engine.submit(asked[0]).result()[0].tokens == alone(of, asked[0])
 
 
+def test_what_waits_at_a_crash_is_answered_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of three answers is finished, the others wait behind a more urgent request that crashes."""
+    of = model("llama")
+    engine, whole = Engine(of, memory=1 << 24, max_batch=1, block=8), of.hidden
+    three = engine.submit(Request(prompt=[1, 2, 3], sampling=Sampling(max_tokens=4, stop_ids=(), seed=5), n=3))
+    engine.step()
+    urgent = engine.submit(Request(prompt=[4], sampling=GREEDY, priority=3))
+    while engine.stats().new_tokens < 6:
+        engine.step()
+    assert engine.stats().waiting == 2 and engine.stats().running == 1
+
+    def breaks(*args: Any, **options: Any) -> torch.Tensor:
+        monkeypatch.setattr(of, "hidden", whole)
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(of, "hidden", breaks)
+    with pytest.raises(EngineError, match="out of luck"):
+        urgent.result()
+    seeds = [Request(prompt=[1, 2, 3], sampling=Sampling(max_tokens=4, stop_ids=(), seed=5 + n)) for n in range(3)]
+    assert [answer.tokens for answer in three.result()] == [alone(of, request) for request in seeds]
+    assert empty(engine)
+
+
+def test_an_engine_that_cannot_go_on_leaves_nobody_waiting(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(*_: Any, **__: Any) -> Any:
+        raise MemoryError("no room at all")
+
+    monkeypatch.setattr(engine, "_begin", breaks)
+    monkeypatch.setattr(engine._scheduler, "plan", breaks)
+    handles = [engine.submit(Request(prompt=[n], sampling=GREEDY)) for n in range(3)]
+    for handle in handles[:1]:
+        with pytest.raises(EngineError, match="the engine has ended: MemoryError: no room at all"):
+            handle.result()
+    assert not engine.running
+
+
 def test_broken_weights_fail_the_request() -> None:
     of: Decoder = build(LLAMA)
     with torch.no_grad():

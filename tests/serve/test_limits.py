@@ -124,6 +124,21 @@ def test_a_crash_of_the_engine_is_an_error_and_the_next_request_is_served() -> N
             del model.hidden
 
 
+def test_an_engine_that_has_ended_is_told_and_seen() -> None:
+    with live([served()]) as running:
+        engine: Any = running.engine
+
+        def breaks() -> None:
+            raise MemoryError("no room at all")
+
+        engine._begin = engine._scheduler.plan = breaks
+        answer = httpx.post(running.url + "/v1/completions", json=ASK)
+        assert answer.status_code == 500 and "no room at all" in answer.json()["error"]["message"]
+        assert httpx.get(running.url + "/health").status_code == 503
+        answer = httpx.post(running.url + "/v1/completions", json=ASK)
+        assert answer.status_code == 503 and "restarted" in answer.json()["error"]["message"]
+
+
 def test_what_runs_is_finished_before_the_end() -> None:
     with live([served()]) as running:
         answers: list[httpx.Response] = []

@@ -200,7 +200,13 @@ class Engine:
                 self._lock.wait_for(lambda: self._stopping or self._inbox or self._withdrawn or self._scheduler.busy)
                 if self._stopping:
                     return
-            self.step()
+            try:
+                self.step()
+            except Exception as error:  # state could not be made anew; nobody is to wait for an engine that stands
+                traceback.print_exception(error)
+                self._thread = None
+                self._tell(list(self._handles), f"the engine has ended: {type(error).__name__}: {error}")
+                return
 
     # -- a step ----------------------------------------------------------------------------------------------------
 
@@ -210,8 +216,8 @@ class Engine:
         were running, and the engine goes on with those that wait."""
         with self._stepping:
             began = time.perf_counter()
-            self._take_in()
             try:
+                self._take_in()
                 works = self._scheduler.plan()
                 assert works or not self._scheduler.busy, "requests wait, and none of them can run"
                 if works:
@@ -403,9 +409,14 @@ class Engine:
         wake(waiter for waiter in waiters if waiter)
 
     def _fail(self, tickets: list[Ticket], reason: str) -> None:
-        waiters = []
         for ticket in tickets:
             self._scheduler.withdraw(ticket.runs)
+        self._tell(tickets, reason)
+
+    def _tell(self, tickets: list[Ticket], reason: str) -> None:
+        """End the requests for those who wait for them."""
+        waiters = []
+        for ticket in tickets:
             with self._lock:
                 handle = self._handles.pop(ticket)
             ticket.closed, handle.error = True, reason
@@ -417,15 +428,16 @@ class Engine:
         """Whoever was running fails (everyone, if nobody was); state is made anew, and who waits starts there."""
         traceback.print_exception(error)
         self._stats.crashes += 1
-        ran = {run.ticket for run in self._scheduler.running if not run.ticket.closed}
+        ran = {run.ticket for run in self._scheduler.running}
+        waiting = [run for run in self._scheduler.queue if run.ticket not in ran] if ran else []
+        spared = {run.ticket for run in waiting}
+        with self._lock:
+            failed = [t for t in self._handles if t not in spared and t not in self._inbox]
         self._stats.preempted += self._scheduler.preempted
-        left = [t for t in self._handles if t not in ran and t not in self._inbox] if ran else []
-        failed = list(ran) or [t for t in self._handles if t not in self._inbox]
         self._store, self._scheduler, self._sampler = self._begin()
         self._fail(failed, f"the engine failed: {type(error).__name__}: {error}")
-        for ticket in left:
-            for run in ticket.runs[:1]:
-                self._scheduler.add(run)
+        for run in waiting:
+            self._scheduler.add(run)
 
     def stats(self) -> Stats:
         """A copy of the figures."""

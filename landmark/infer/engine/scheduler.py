@@ -36,6 +36,11 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def queue(self) -> list[Run]:
+        """Those that wait, in no order; they hold nothing."""
+        return [run for _, run in self._waiting]
+
+    @property
     def busy(self) -> bool:
         return bool(self.running or self._waiting)
 
