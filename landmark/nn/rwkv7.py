@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..config import ModuleConfig
 from ..ctx import Ctx
-from ..ops.delta import with_bonus
+from ..ops.delta import goose, with_bonus
 from .cache import SlotState
 from .rwkv5 import MatrixMixer
 from .token_shift import LowRank, depth, fill, zigzag
@@ -81,6 +81,10 @@ class RWKV7(MatrixMixer):
 
     def forward(self, x: Tensor, ctx: Ctx, state: SlotState | None = None) -> Tensor:
         r, w, k, v, a, g = self.shift(x, ctx, state)
+        if state is not None and ctx.bounds.dense and ctx.bounds.width == 1:
+            held = state.tensors["matrix"]
+            if goose.why_not(self.head_dim, held, x, self.remove, self.bonus, self.norm.weight) is None:
+                return self._step(r, w, k, v, a, g, ctx, state)
         rate, gate = self.rate(a).sigmoid(), self.gate(g)
         r, k, values = self.r(r), self.k(k), self.v(v)
         first = ctx.shared.setdefault(VALUES, values)
@@ -94,6 +98,22 @@ class RWKV7(MatrixMixer):
         y = self.mix(r, self.by_head(decay), k, v, ctx, state, a=-removed, b=removed * rate)
         y = with_bonus(self.by_head(self.norm(y.flatten(-2))), r, k, v, self.bonus)
         out: Tensor = self.out(y.flatten(-2) * gate)
+        return out
+
+    def _step(
+        self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, g: Tensor, ctx: Ctx, state: SlotState
+    ) -> Tensor:
+        """`forward` of one token a sequence: what lies between the linear maps is one call."""
+        values = self.v(v)
+        first = ctx.shared.setdefault(VALUES, values)
+        mix = None if self.value is None else self.value(v)
+        assert self.norm.bias is not None
+        y, state.tensors["matrix"] = goose.goose(
+            self.r(r), self.k(k), values, self.rate(a), self.decay(w), self.gate(g), mix,
+            None if mix is None else first, self.remove, self.replace, self.bonus, self.norm.weight, self.norm.bias,
+            state.tensors["matrix"], slowest=SLOWEST, eps=self.norm.eps,
+        )  # fmt: skip
+        out: Tensor = self.out(y)
         return out
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...ctx import Bounds
-from . import chunked, cpu, reference
+from . import chunked, cpu, goose, reference
 
 Backend = Literal["reference", "chunked", "cpu"]
 
@@ -52,4 +52,4 @@ def with_bonus(y: Tensor, r: Tensor, k: Tensor, v: Tensor, bonus: Tensor) -> Ten
 
 _RUN = {"reference": reference.delta_rule, "chunked": chunked.delta_rule, "cpu": cpu.delta_rule}
 
-__all__ = ["Backend", "delta_rule", "reference", "why_not", "with_bonus"]
+__all__ = ["Backend", "delta_rule", "goose", "reference", "why_not", "with_bonus"]
