@@ -134,7 +134,7 @@ def test_an_engine_that_has_ended_is_told_and_seen() -> None:
         engine._begin = engine._scheduler.plan = breaks
         answer = httpx.post(running.url + "/v1/completions", json=ASK)
         assert answer.status_code == 500 and "no room at all" in answer.json()["error"]["message"]
-        assert httpx.get(running.url + "/health").status_code == 503
+        until(lambda: httpx.get(running.url + "/health").status_code == 503)
         answer = httpx.post(running.url + "/v1/completions", json=ASK)
         assert answer.status_code == 503 and "restarted" in answer.json()["error"]["message"]
 

@@ -61,7 +61,7 @@ class Handle:
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         """The same, for an engine that a thread drives."""
-        if not self._engine.running:
+        if not self._engine.running and not self.done:
             raise ValueError("an engine that answers asynchronously needs its thread: call start() first")
         arrived = asyncio.Event()
         with self._arrived:
