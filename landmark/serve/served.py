@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from ..infer.chat import end_of_turn, prompt_ids
+from ..infer.chat import prompt_ids, turn_ends
 from ..infer.constrain import Forms
 from ..infer.defaults import recommended, stop_ids
 from ..infer.engine import Engine, Request, Sampling
@@ -48,8 +48,7 @@ class Served:
     @cached_property
     def turn_ids(self) -> tuple[int, ...]:
         """What ends an answer in a conversation."""
-        own = end_of_turn(self.tokenizer) if self.tokenizer.chat_template is not None else []
-        return tuple({*self.stop_ids, *own})
+        return self.stop_ids if self.tokenizer.chat_template is None else turn_ends(self.model, self.tokenizer)
 
     @cached_property
     def forms(self) -> Forms:
