@@ -34,23 +34,13 @@ def serve(
     """Send a server random requests that arrive at random; report the times to the first token and between tokens."""
     import asyncio
 
-    import httpx
     from rich.console import Console
     from rich.table import Table
 
     from ..serve.load import Load, drive, summary, write
 
     load = Load(requests, rate, prompt, shared, answer, seed)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        listed = httpx.get(f"{url}/v1/models", headers=headers, timeout=10)
-    except httpx.HTTPError as error:
-        raise ValueError(
-            f"no server answers at {url} ({type(error).__name__}); landmark serve MODEL starts one"
-        ) from None
-    if listed.status_code != 200:
-        raise ValueError(f"the server at {url} answers {listed.status_code}: {listed.text[:200]}")
-    name = model or listed.json()["data"][0]["id"]
+    name = model or served(url, key)[0]
     timings = asyncio.run(drive(url, name, load, vocab=vocab, key=key))
     report = summary(load, timings)
     if out is not None:
@@ -71,6 +61,22 @@ def serve(
     )
     for told in report["errors"]:
         console.print(told, style="red", markup=False)
+
+
+def served(url: str, key: str | None) -> list[str]:
+    """The models of a server. Raises ValueError where none answers."""
+    import httpx
+
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        listed = httpx.get(f"{url}/v1/models", headers=headers, timeout=10)
+    except httpx.HTTPError as error:
+        raise ValueError(
+            f"no server answers at {url} ({type(error).__name__}); landmark serve MODEL starts one"
+        ) from None
+    if listed.status_code != 200:
+        raise ValueError(f"the server at {url} answers {listed.status_code}: {listed.text[:200]}")
+    return [model["id"] for model in listed.json()["data"]]
 
 
 @app.command()
@@ -109,6 +115,8 @@ def soak(
 
     if bool(models) == (url is not None):
         raise ValueError("give either models to serve, or the --url of a server that runs")
+    if url is not None:
+        served(url, key)
     wanted = Soak(minutes=minutes, clients=clients, checked=checked, seed=seed)
     options = ["--memory", str(memory), "--max-batch", str(max_batch), "--dtype", dtype]
     options += ["--draft", draft] if draft else []

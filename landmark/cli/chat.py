@@ -70,9 +70,10 @@ def chat(
         loaded, tokenizer = open_model(model, dtype, device, quantise, adapter)
         from ..infer.chat import Conversation
         from ..infer.defaults import recommended
+        from ..models.base import kind
         from ..models.decoder import Decoder
     if not isinstance(loaded, Decoder):
-        raise ValueError(f"{model} is a {type(loaded).__name__} and does not chat; try landmark generate")
+        raise ValueError(f"{model} is {kind(loaded)} and does not chat; try landmark generate")
     sampling = recommended(
         loaded, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop) if stop else None,

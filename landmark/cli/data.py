@@ -13,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     from ..data.corpora import Corpus
 
-app = typer.Typer(no_args_is_help=True, help="Tokenizers and tokenised corpora.")
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Tokenizers and tokenised corpora.")
 
 
 class Kind(StrEnum):
@@ -42,7 +42,7 @@ Target = Annotated[str | None, typer.Option(help="Field with the translation, fo
 Separator = Annotated[str | None, typer.Option(help="What separates documents inside a text file.")]
 Split = Annotated[str, typer.Option(help="Split of a Hugging Face dataset.")]
 PartOption = Annotated[Part, typer.Option(help="Use only this part of the corpus.")]
-HeldOut = Annotated[float, typer.Option(help="Share of the documents that is held out.")]
+HeldOut = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the documents that is held out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -87,7 +87,7 @@ def tokenize(
     out: Annotated[Path, typer.Option(help="Folder of shards to write.")],
     bos: Annotated[bool, typer.Option("--bos", help="Begin each document with the tokenizer's bos.")] = False,
     side: Annotated[Side, typer.Option(help="Which text of a pair.")] = Side.text,
-    shard_tokens: Annotated[int, typer.Option(help="Tokens a shard.")] = 1 << 25,
+    shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens a shard.")] = 1 << 25,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other shards in the folder.")] = False,
     text: Text = "text",
     target: Target = None,

@@ -26,8 +26,9 @@ def embed(
     from torch.nn import functional as F
 
     from ..infer.sentences import SentenceEncoder
+    from ..weights.files import read_text
 
-    lines = [line for path in file or () for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line for path in file or () for line in read_text(path).splitlines()]
     if not text and not file:
         lines = sys.stdin.read().splitlines()
     texts = [*(text or ()), *(line for line in lines if line.strip())]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Perplexity, multiple choice and evaluation tasks.")
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
@@ -18,10 +18,10 @@ def evaluate(
     choices: Annotated[list[Path] | None, typer.Option(help="JSONL of questions: context, choices, answer.")] = None,
     tasks: Annotated[str, typer.Option(help="Names of lm-eval tasks, with commas.")] = "",
     include: Annotated[Path | None, typer.Option(help="Folder of task files (YAML).")] = None,
-    shots: Annotated[int | None, typer.Option(help="Solved examples before each question.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many documents of a task.")] = None,
-    stride: Annotated[int | None, typer.Option(help="How far the windows of --text move, in tokens.")] = None,
-    context: Annotated[int | None, typer.Option(help="Longest text in one piece, in tokens.")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Solved examples before each question.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many documents of a task.")] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="How far the windows of --text move, in tokens.")] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="Longest text in one piece, in tokens.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: as stored.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -34,18 +34,20 @@ def evaluate(
     from ..evals.choices import evaluate_choices, read_questions
     from ..evals.harness import run_tasks
     from ..evals.likelihood import LanguageModel
+    from ..models.base import kind
     from ..models.decoder import Decoder
     from ..weights.checkpoint import locate
+    from ..weights.files import read_text
     from ..weights.tokenizer import Tokenizer
 
     directory = locate(model)
     built = landmark.load(directory, dtype=dtype, device=device)
     if not isinstance(built, Decoder):
-        raise ValueError(f"{model} is a {type(built).__name__}; evaluation by likelihood needs a decoder")
+        raise ValueError(f"{model} is {kind(built)}; evaluation by likelihood needs a decoder")
     lm = LanguageModel(built, Tokenizer.load(directory), context=context)
     rows: list[dict[str, Any]] = []
     for path in text or ():
-        out = lm.perplexity(path.read_text(encoding="utf-8"), stride=stride)
+        out = lm.perplexity(read_text(path), stride=stride)
         figures = {"perplexity": out.perplexity, "bits_per_byte": out.bits_per_byte, "tokens": out.tokens}
         rows.append({"name": str(path), **figures, "bytes": out.bytes})
     for path in choices or ():

@@ -80,9 +80,9 @@ def generate(
 ) -> None:
     """Continue prompts with a language model, or answer sources with an encoder-decoder.
 
-    landmark generate runs/quickstart/model "import os" --temperature 0.7
+    landmark generate runs/quickstart "import os" --temperature 0.7
 
-    landmark generate runs/quickstart/model --batch prompts.jsonl --output answers.jsonl
+    landmark generate runs/quickstart --batch prompts.jsonl --output answers.jsonl
     """
     settings: dict[str, Any] = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
@@ -136,6 +136,7 @@ def _answer_file(
     from ..infer.batch import answer_file, read_lines
     from ..infer.defaults import recommended
     from ..infer.engine import Engine
+    from ..models.base import kind
     from ..models.decoder import Decoder
 
     if target is None:
@@ -143,7 +144,7 @@ def _answer_file(
     read_lines(source)  # before a model is loaded for them
     model, tokenizer = open_model(spec, dtype, device, adapter=adapter)
     if not isinstance(model, Decoder):
-        raise ValueError(f"{spec} is a {type(model).__name__}; --batch serves decoders")
+        raise ValueError(f"{spec} is {kind(model)}; --batch serves decoders")
     engine = Engine(model, tokenizer, memory=memory, max_batch=at_once)
     began = time.perf_counter()
     with Progress(
@@ -169,7 +170,9 @@ def _answer_file(
 
 def read_prompts(given: list[str], files: list[Path], lines: bool) -> list[str]:
     """What the command line, files and standard input (if there is nothing else) hold."""
-    texts = [path.read_text(encoding="utf-8") for path in files]
+    from ..weights.files import read_text
+
+    texts = [read_text(path) for path in files]
     if not given and not files:
         if sys.stdin.isatty():
             raise ValueError("there is no prompt; give one, or --file, or pipe one in")
@@ -187,6 +190,7 @@ def open_model(
     """A generating model and its tokenizer."""
     import landmark
 
+    from ..models.base import kind
     from ..models.decoder import Decoder
     from ..models.encoder_decoder import EncoderDecoder
     from ..weights.checkpoint import locate
@@ -195,7 +199,7 @@ def open_model(
     directory = locate(spec)
     model = landmark.load(directory, dtype=dtype, device=device)
     if not isinstance(model, Decoder | EncoderDecoder):
-        raise ValueError(f"{spec} is a {type(model).__name__}, which does not generate; give a decoder")
+        raise ValueError(f"{spec} is {kind(model)}, which does not generate; give a decoder")
     if quantise is not None:
         from ..transforms.quantise import quantised
 

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 import typer
+from rich.markup import escape
 from typer.core import TyperGroup
 
 COMMANDS = (
@@ -26,6 +27,29 @@ COMMANDS = (
     "reproduce",
 )
 
+# What the help of a command ends with, where it shows no example of its own.
+EXAMPLES = {
+    "quickstart": "landmark quickstart --steps 200 --out runs/short",
+    "train": "landmark train examples/llama.toml --set steps=1000 --set optimizer.lr=1e-3",
+    "chat": "landmark chat runs/quickstart --system 'You answer in one line.'",
+    "bench serve": "landmark bench serve http://127.0.0.1:8000 --requests 200 --rate 8",
+    "transform": "landmark transform runs/quickstart runs/longer --rope yarn --factor 4",
+    "convert": "landmark convert RWKV-x070-World-0.1B.pth runs/rwkv7",
+    "eval": "landmark eval runs/quickstart --text README.md",
+    "embed": "landmark embed sentence-transformers/all-MiniLM-L6-v2 --text 'a cat' --text 'a dog'",
+    "data train-tokenizer": "landmark data train-tokenizer 'text/*.md' --out runs/tokenizer --vocab-size 8192",
+    "data tokenize": "landmark data tokenize 'text/*.md' --tokenizer runs/tokenizer --out runs/shards",
+    "data info": "landmark data info runs/shards",
+    "papers": "landmark papers state space",
+    "papers search": "landmark papers search rotary --year 2023",
+    "papers show": "landmark papers show rope --lang ja",
+    "papers graph": "landmark papers graph mamba",
+    "papers essentials": "landmark papers essentials --newcomers",
+    "papers groups": "landmark papers groups",
+    "papers models": "landmark papers models",
+    "reproduce": "landmark reproduce F1 --quick",
+}
+
 
 class Commands(TyperGroup):
     """Subcommand `x` lives in landmark/cli/x.py, as a typer app `app` or as a function `x`."""
@@ -39,11 +63,11 @@ class Commands(TyperGroup):
         module = import_module(f"landmark.cli.{name}")
         app = getattr(module, "app", None)
         if app is None:
-            app = typer.Typer()
+            app = typer.Typer(add_completion=False)
             app.command(name)(getattr(module, "eval_" if name == "eval" else name))
         command = typer.main.get_command(app)
         command.name = name
-        return command
+        return documented(command, name)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -51,6 +75,17 @@ class Commands(TyperGroup):
         except KeyboardInterrupt as error:  # typer would say nothing
             print(f"landmark: {str(error) or 'interrupted'}", file=sys.stderr)
             raise typer.Exit(130) from None
+
+
+def documented(command: Any, path: str) -> Any:
+    """The command, and those below it, with an example, and with help whose paragraphs fill the terminal."""
+    if command.help:
+        command.help = "\n\n".join(escape(" ".join(part.split())) for part in command.help.split("\n\n"))
+    if path in EXAMPLES:
+        command.epilog = f"Example: {escape(EXAMPLES[path])}"
+    for name, below in getattr(command, "commands", {}).items():
+        documented(below, f"{path} {name}")
+    return command
 
 
 app = typer.Typer(
@@ -82,7 +117,9 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
-        print(f"landmark: {' '.join(str(error).split())}", file=sys.stderr)
+        known = isinstance(error, OSError) and error.filename is not None and error.strerror
+        told = f"{error.filename}: {error.strerror}" if known else str(error)  # type: ignore[union-attr]
+        print(f"landmark: {' '.join(told.split())}", file=sys.stderr)
         sys.exit(2)
     except ArithmeticError as error:  # a run that diverged
         print(f"landmark: {error}", file=sys.stderr)

@@ -98,6 +98,7 @@ def open_served(
 
     from ..infer.engine import Engine
     from ..infer.sentences import SentenceEncoder
+    from ..models.base import kind
     from ..models.decoder import Decoder
     from ..models.encoder import Encoder
     from ..serve.served import Served, ServedEncoder
@@ -115,9 +116,7 @@ def open_served(
     if quantise is not None:
         model = quantised(model, quantise)
     if not isinstance(model, Decoder):
-        raise ValueError(
-            f"{spec} is a {type(model).__name__}, which is not served; give a decoder or a sentence encoder"
-        )
+        raise ValueError(f"{spec} is {kind(model)}, which is not served; give a decoder or a sentence encoder")
     tokenizer = Tokenizer.load(directory)
     attached = open_adapters(model, adapters)
     engine = Engine(model, tokenizer, memory=memory, max_batch=max_batch, chunk=chunk, drafter=draft, adapters=attached)

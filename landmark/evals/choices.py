@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..weights.files import read_text
 from .likelihood import LanguageModel
 
 
@@ -33,7 +34,7 @@ class Choices:
 def read_questions(path: str | Path) -> list[Question]:
     """JSONL with "context" (or "question"), "choices", "answer" (index or text). Raises ValueError naming the line."""
     questions = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(Path(path)).splitlines(), 1):
         if not line.strip():
             continue
         try:

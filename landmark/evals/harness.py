@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..config import nearest
 from ..infer.sampling import Sampling
 from .likelihood import LanguageModel
 
@@ -24,9 +25,8 @@ def run_tasks(
     known = set(manager.all_tasks)
     for task in tasks:
         if task not in known:
-            raise ValueError(
-                f"no task is called {task!r} in {include or 'the harness'}; known are {sorted(known)[:20]}"
-            )
+            close = nearest(task, known) or f"; it has {', '.join(sorted(known)[:8])}"
+            raise ValueError(f"no task is called {task!r} in {include or 'the harness'}{close}")
     out = simple_evaluate(
         adapter(model), tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager, bootstrap_iters=0,
         verbosity="ERROR",

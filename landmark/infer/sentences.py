@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from ..config import nearest
+from ..models.base import kind
 from ..models.encoder import Encoder
 from ..nn.heads import FirstToken, LastToken, MeanPool, Pool
 from ..weights.checkpoint import load, locate
@@ -55,7 +56,7 @@ class SentenceEncoder:
         home = directory / told.pop("path", "")
         model = load(home, dtype=dtype, device=device)
         if not isinstance(model, Encoder):
-            raise ValueError(f"{where} is a {type(model).__name__}; sentence embeddings need an encoder")
+            raise ValueError(f"{where} is {kind(model)}; sentence embeddings need an encoder")
         tokenizer = Tokenizer.load(home)
         limits = (told.pop("longest", None), tokenizer.config.get("model_max_length"), model.cfg.context)
         if pool is not None:

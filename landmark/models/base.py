@@ -145,3 +145,9 @@ def residual_ends(model: nn.Module) -> set[nn.Module]:
     ]
     ends = (getattr(fn, name, None) for fn in functions for name in ("out", "down"))
     return {end for end in ends if isinstance(end, nn.Linear | GroupedLinear)}
+
+
+def kind(model: nn.Module) -> str:
+    """What it is, with an article: "an Encoder"."""
+    name = type(model).__name__
+    return f"a{'n' if name[0] in 'AEIO' else ''} {name}"

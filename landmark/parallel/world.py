@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..weights.checkpoint import as_device
+
 
 @dataclass(frozen=True)
 class World:
@@ -60,7 +62,7 @@ def world(device: torch.device | str | None = None) -> Iterator[World]:
     local = int(os.environ.get("LOCAL_RANK", 0))
     if device is None:
         device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    device = as_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     started = False

@@ -43,7 +43,7 @@ class Settings(Config):
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
     recompute: bool = False  # activation checkpointing: each block's inside is computed again in backward
-    compile: bool = False
+    compile: bool = False  # blocks, by torch.compile: a minute at first, and on processors little gained (LOG.md)
     parallel: Literal["ddp", "fsdp"] = "ddp"  # with several processes
     peak_flops: float | None = None  # per process, for MFU; None: measured
     device: str | None = None
@@ -52,6 +52,8 @@ class Settings(Config):
         super().check()
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip is {self.clip!r}; it must be positive, or left out for no clipping")
+        if self.recompute and self.compile:
+            raise ValueError("recompute and compile do not go together: what recomputes is not compiled; choose one")
         if self.schedule.warmup > self.steps:
             raise ValueError(
                 f"schedule.warmup is {self.schedule.warmup}, but the run has only {self.steps} steps; choose fewer"

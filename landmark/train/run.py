@@ -10,6 +10,7 @@ import torch
 
 from ..models.base import Model
 from ..parallel.world import world
+from ..weights.checkpoint import describe
 from ..weights.tokenizer import Tokenizer
 from .loop import Callback, Run, fit
 from .model import fitting_model
@@ -39,6 +40,8 @@ def train(
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; a run needs a directory of its own")
+    if isinstance(config.model, str):
+        describe(config.model)  # before a tokenizer is trained for a model that there is not
     with world(config.device) as here:
         prepared = Prepared(config, out)
         if here.first:

@@ -62,11 +62,11 @@ def load(
     assert isinstance(model, Model)
     ours = from_published(family, hf, theirs) if family else theirs
     check_weights(model, ours, directory)
-    target, wide = None if dtype is None else as_dtype(dtype), float32_buffers(model)
+    target, place, wide = None if dtype is None else as_dtype(dtype), as_device(device or "cpu"), float32_buffers(model)
     for name in list(ours):
         tensor = ours[name]
         kind = torch.float32 if name in wide else target if tensor.is_floating_point() else None
-        ours[name] = tensor.to(device or "cpu", kind).contiguous()
+        ours[name] = tensor.to(place, kind).contiguous()
     model.load_state_dict(ours, assign=True)
     model.requires_grad_(True)
     model.origin = Origin(hf, directory)
@@ -235,6 +235,15 @@ def check_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], where: 
         if weights[name].shape != tensor.shape:
             have, want = tuple(weights[name].shape), tuple(tensor.shape)
             raise ValueError(f"{where}: {name!r} has the shape {have}, but config.json says {want}")
+
+
+def as_device(device: torch.device | str) -> torch.device:
+    """Raises ValueError for a device that this machine does not have."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].removesuffix(".")
+        raise ValueError(f"there is no device {str(device)!r} here: {reason}; choose cpu, or cuda on a GPU") from None
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:

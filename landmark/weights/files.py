@@ -35,6 +35,14 @@ def write_json(path: Path, data: Any) -> None:
         temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_text(path: Path) -> str:
+    """Raises ValueError, naming the file, for what is not UTF-8, and OSError for what cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 (byte {error.start} is {error.object[error.start]:#x})") from None
+
+
 def read_json(path: Path) -> Any:
     """Raises ValueError, naming the file, if it is absent or not JSON."""
     try:
