@@ -204,8 +204,9 @@ class Engine:
                 self.step()
             except Exception as error:  # state could not be made anew; nobody is to wait for an engine that stands
                 traceback.print_exception(error)
-                self._tell(list(self._handles), f"the engine has ended: {type(error).__name__}: {error}")
-                self._thread = None
+                with self._lock:
+                    self._tell(list(self._handles), f"the engine has ended: {type(error).__name__}: {error}")
+                    self._thread = None
                 return
 
     # -- a step ----------------------------------------------------------------------------------------------------
