@@ -75,15 +75,15 @@ class Adapters:
 
 
 class Factors(nn.Module):
-    """scale (x A^T) B^T of one adapter; A [r, in], B [out, r]."""
+    """scale (x A^T) B^T of one adapter; A [r, in], B [out, r], in whose dtype it is computed."""
 
     def __init__(self, A: Tensor, B: Tensor, scale: float) -> None:
         super().__init__()
         self.A, self.B, self.scale = nn.Parameter(A), nn.Parameter(B), scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out], without the scale."""
-        return linear(linear(x, self.A), self.B)
+        """x [..., in] -> [..., out], without the scale, in x's dtype."""
+        return linear(linear(x.to(self.A.dtype), self.A), self.B).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"rank={self.A.shape[0]}, scale={self.scale:g}"

@@ -29,8 +29,9 @@ from ..weights.low_rank import LowRank
 def attach(model: Model, adapters: Mapping[str, Adapter], *, dtype: torch.dtype | None = None) -> Adapters:
     """Put adapters beside the linear maps of a model, in place; more may follow. What is returned chooses among them.
 
-    Maps may be coded (int8, int4) or ternary. Factors are kept in `dtype`, by default the model's; they take gradients
-    once `requires_grad_` says so. Raises ValueError for maps that cannot have one: stacks of experts, and those whose
+    Maps may be coded (int8, int4) or ternary. Factors are kept, and what they add is computed, in `dtype`: by default
+    float32 or wider on the processor, which is slow at narrow products of 16 bits, and elsewhere the model's. They take
+    gradients once `requires_grad_` says so. Raises ValueError for maps that cannot have one: stacks of experts, and those whose
     weight is read by other layers (a head, what latent attention absorbs); `merge` takes these too.
     """
     found = {name: module for name, module, _ in linear_maps(model)}
@@ -45,6 +46,8 @@ def attach(model: Model, adapters: Mapping[str, Adapter], *, dtype: torch.dtype 
                 )
             if (reason := why_not(name, found[name])) is not None:
                 raise ValueError(f"the adapter {title!r} changes {name!r}, which {reason}; merge it into the weights")
+    wide = torch.promote_types(model.dtype, torch.float32)
+    where: Any = {"device": model.device, "dtype": dtype or (wide if model.device.type == "cpu" else model.dtype)}
     for title, adapter in adapters.items():
         number = str(len(chooser.names))
         chooser.names.append(title)
@@ -54,7 +57,6 @@ def attach(model: Model, adapters: Mapping[str, Adapter], *, dtype: torch.dtype 
                 base, place = place, LoRA(place, chooser)
                 place.train(base.training)
                 model.set_submodule(name, place)
-            where: Any = {"device": model.device, "dtype": dtype or model.dtype}
             factors = Factors(low.right.to(**where, copy=True), low.left.to(**where, copy=True), low.scale)
             place.factors[number] = factors.requires_grad_(False).train(place.training)
     return chooser
