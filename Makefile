@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow bench lint env clean
+.PHONY: quickstart test test-slow soak bench lint env clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -26,6 +26,9 @@ test: $(VENV)/.ready-test
 
 test-slow: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -q -m slow --timeout=1800
+
+soak: $(VENV)/.ready
+	$(BIN)/landmark bench soak $(or $(MODEL),runs/quickstart) --minutes 10
 
 bench: $(VENV)/.ready-test
 	$(BIN)/python bench/bench_train.py
