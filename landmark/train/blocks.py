@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +17,8 @@ from ..nn.residual import Block
 
 @contextmanager
 def transformed(model: nn.Module, *, recompute: bool, compile: bool) -> Iterator[None]:
-    """With `recompute`, a block keeps its input only and computes the rest again in backward (Chen et al. 2016).
+    """With `recompute`, a block keeps its input only and computes the rest again in backward (Chen et al. 2016); with
+    `compile`, torch.compile fuses what is between our own kernels, once for each kind of block.
 
     Weights, their names and the results stay the same. In eval mode blocks are as they were.
     """
@@ -29,11 +32,16 @@ def transformed(model: nn.Module, *, recompute: bool, compile: bool) -> Iterator
             del block.forward
 
 
+def check_compiler(device: torch.device) -> None:
+    """Raises ValueError where torch.compile has no compiler for the processor's code."""
+    cxx = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(cxx) is None:
+        raise ValueError(f"compile needs a C++ compiler, and there is no {cxx}; install it, or set compile to false")
+
+
 def _forward(block: Block, plain: Callable[..., Any], recompute: bool, compile: bool) -> Callable[..., Any]:
     def recomputed(*args: Any) -> Any:
         return checkpoint(plain, *args, use_reentrant=False)
 
-    train = recomputed if recompute else plain
-    if compile:
-        train = torch.compile(train)
+    train = recomputed if recompute else torch.compile(plain) if compile else plain
     return lambda *args: train(*args) if block.training else plain(*args)

@@ -29,7 +29,7 @@ from ..parallel import data as parallel
 from ..parallel.world import World, world
 from ..weights.checkpoint import as_dtype
 from . import checkpoint
-from .blocks import transformed
+from .blocks import check_compiler, transformed
 from .config import Settings
 from .interrupt import Interrupted, catch_interrupts
 from .metrics import Log, matmul_rate, peak_memory
@@ -106,6 +106,8 @@ def fit(
         here = stack.enter_context(world(settings.device))
         held = list(islice(held_out, settings.evaluation.batches))
         run = Run(model, objective, batches, settings, Path(out), held, sample, here)
+        if settings.compile:
+            check_compiler(here.device)
         stack.enter_context(transformed(model, recompute=settings.recompute, compile=settings.compile))
         latest = run.open(resume)
         log = stack.enter_context(Log(run.out / "metrics.jsonl", run.step)) if here.first else None
