@@ -16,6 +16,7 @@
 #define STEP 4                       // bytes of a step of k: a float or a pair
 #define FEW 8                        // rows of an expert that are multiplied as they are, at memory speed
 #define AHEAD 4096                   // bytes to prefetch ahead where weights are read in order
+#define MANY 128                     // rows of an expert from which its weights are packed, not its rows
 #define BLOCK 524288                 // bytes of weights that stay in the second-level cache while panels pass
 
 typedef struct {
@@ -227,10 +228,10 @@ APART product_bf16(PRODUCT) { product_of(a, row, step, b, k, t, R, V, 1); }
 APART few_f32(FEW_ROWS) { few_rows(w, x, y, from, to, out, bytes, M, 0); }
 APART few_bf16(FEW_ROWS) { few_rows(w, x, y, from, to, out, bytes, M, 1); }
 
-// y [M, out] = x W_e^T. A panel is rows of x; a tile 8 rows of W_e.
+// y [M, out] = x W_e^T. A panel is rows of x, a tile 8 rows of W_e; or, where there are many of x, the other way around.
 INLINE void forward(const Call *c, const int half) {
     const int64_t size = half ? 2 : 4, bytes = c->in * size, k = bytes / STEP, *from = offsets(c);
-    const int64_t chunk = MAX(W, BLOCK / bytes / W * W), chunks = (c->out + chunk - 1) / chunk;
+    const int64_t chunk = MAX(1, BLOCK / bytes / LANES) * LANES, chunks = (c->out + chunk - 1) / chunk;
     void (*const product)(PRODUCT) = half ? product_bf16 : product_f32;
     void (*const few)(FEW_ROWS) = half ? few_bf16 : few_f32;
 #pragma omp parallel num_threads(c->threads) if (c->threads > 1)
@@ -244,7 +245,17 @@ INLINE void forward(const Call *c, const int half) {
                 few(w, c->x + from[e] * bytes, c->y + from[e] * c->out * size, start, end, c->out, bytes, c->counts[e]);
                 continue;
             }
-            for (int64_t row = from[e]; row < from[e + 1]; row += LANES) {
+            for (int64_t o = start; o < end && c->counts[e] >= MANY; o += LANES) {
+                const int64_t n = MIN(LANES, end - o);
+                pack_rows(w + o * bytes, bytes, k, n, panel, vectors(n));
+                for (int64_t m = from[e]; m < from[e + 1]; m += TALL) {
+                    const int64_t tall = MIN(TALL, from[e + 1] - m);
+                    float t[TALL * LANES];
+                    product(c->x + m * bytes, bytes, STEP, panel, k, t, tall, vectors(n));
+                    put_rows(c->y + (m * c->out + o) * size, c->out, t, tall, n, half);
+                }
+            }
+            for (int64_t row = from[e]; row < from[e + 1] && c->counts[e] < MANY; row += LANES) {
                 const int64_t n = MIN(LANES, from[e + 1] - row);
                 pack_rows(c->x + row * bytes, bytes, k, n, panel, vectors(n));
                 for (int64_t o = start; o < end; o += W) {
