@@ -31,6 +31,9 @@ def transform(
     pack: Annotated[
         bool, typer.Option("--pack", help="Ternary linear maps in two bits a weight, to be used and trained no more.")
     ] = False,
+    quantise: Annotated[
+        str | None, typer.Option(help="Weights in groups of 4 or 8 bits, to be used and trained no more: int8, int4.")
+    ] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(help="A LoRA directory or hub id (PEFT) to merge; several add up.")
     ] = None,
@@ -40,12 +43,13 @@ def transform(
     """Fewer key-value heads, more layers, a longer context or ternary weights for a trained model. The new one begins
     near the old, and goes on to be trained: landmark train run.toml --set model=OUT
 
-    With --adapter, LoRA adapters become part of the weights.
+    With --adapter, LoRA adapters become part of the weights; with --quantise, weights become smaller files that are
+    served from where they lie: landmark transform MODEL OUT --quantise int4
     """
-    if kv_heads is None and drop_layers is None and rope is None and not bitnet and not pack and not adapter:
+    if not any((kv_heads is not None, drop_layers is not None, rope, bitnet, pack, quantise, adapter)):
         raise ValueError(
-            "there is nothing to transform; give --kv-heads N, --drop-layers N, --rope WAY, --bitnet, --pack or "
-            "--adapter DIRECTORY"
+            "there is nothing to transform; give --kv-heads N, --drop-layers N, --rope WAY, --bitnet, --pack, "
+            "--quantise WAY or --adapter DIRECTORY"
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already; give a directory that is not there yet")
@@ -55,6 +59,7 @@ def transform(
     from ..transforms.depth import upscale_depth
     from ..transforms.extend import extend_context
     from ..transforms.lora import merge, read_adapter
+    from ..transforms.quantise import quantised
     from ..transforms.uptrain import pool_heads
     from ..weights.checkpoint import load, save
 
@@ -71,6 +76,8 @@ def transform(
         new = ternary.bitnet(new)
     if pack:
         new = ternary.pack_ternary(new)
+    if quantise is not None:
+        new = quantised(new, quantise)
     save(new, out)
     figures = {"parameters": (count(old), count(new)), "layers": (depth(old), depth(new))}
     figures["context"] = (longest_text(old) or 0, longest_text(new) or 0)

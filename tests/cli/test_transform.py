@@ -53,6 +53,20 @@ def test_deeper(model: Path, tmp_path: Path) -> None:
         assert torch.equal(new[f"layers.{index}.{name}"], old[f"layers.{origin}.{name}"])
 
 
+def test_quantised_files(model: Path, tmp_path: Path) -> None:
+    """The directory is smaller, and its logits are those of weights rounded as they are loaded."""
+    from landmark.transforms.quantise import quantised
+
+    done = transform(model, tmp_path / "out", "--quantise", "int4-all")
+    assert done.exit_code == 0, done.output
+    new = landmark.load(tmp_path / "out")
+    assert torch.equal(new(TOKENS), quantised(landmark.load(model), "int4-all")(TOKENS))
+    sizes = [(directory / "model.safetensors").stat().st_size for directory in (model, tmp_path / "out")]
+    assert sizes[1] < 0.6 * sizes[0]  # rows of 32 are padded to 128
+    done = transform(model, tmp_path / "other", "--quantise", "int3")
+    assert done.exit_code != 0 and not (tmp_path / "other").exists()
+
+
 def test_both_at_once(model: Path, tmp_path: Path) -> None:
     done = transform(model, tmp_path / "out", "--kv-heads", 1, "--drop-layers", 1, "--dtype", "bfloat16")
     assert done.exit_code == 0, done.output
