@@ -22,9 +22,10 @@ from ..defaults import stop_ids
 from ..generate import Answer, Event
 from ..generate import request as writer
 from ..sampling import BROKEN, Row, Sampler
-from ..session import room_after, turning_lengths
+from ..session import room_after
 from .drafts import Lookup
 from .handle import Handle, wake
+from .lengths import Lengths
 from .request import Request, Run, Scored, Ticket
 from .scheduler import Scheduler, Work
 from .store import Store
@@ -82,11 +83,11 @@ class Engine:
             raise ValueError(f"drafter is {drafter!r}; the engine can draft by lookup, or not at all (None)")
         self._drafter, self.adapters = drafter, adapters or Adapters()
         check_rows(model, self.adapters)
-        self._turns = turning_lengths(model)
-        if self._turns and drafter is not None:
-            raise ValueError("a model whose rotations change with the length of the text (LongRoPE) cannot speculate")
-        if self._turns:  # what was computed for a short text is of no use to a long one
-            prefixes, chunk = False, max(chunk, model.cfg.context or chunk)
+        self._lengths = lengths = Lengths.of(model)
+        if lengths.plain is not None:
+            if drafter is not None:
+                raise ValueError("a model whose rotations change with the length of the text cannot speculate")
+            chunk = max(chunk, model.cfg.context or chunk)  # it reads long texts in one call
         interval = -(-interval // block) * block
 
         def begin() -> tuple[Store, Scheduler, Sampler]:
@@ -98,6 +99,7 @@ class Engine:
                 chunk=chunk,
                 prefixes=prefixes,
                 interval=interval,
+                lengths=lengths,
             )
             return store, Scheduler(store, max_batch=max_batch, chunk=chunk), Sampler(vocab=model.cfg.head.vocab)
 
@@ -338,7 +340,7 @@ class Engine:
             if event.finish is not None:
                 self._scheduler.finish(run)
                 ticket.unfinished -= 1
-            elif self._turns and run.computed in self._turns:
+            elif run.computed in self._lengths.turns:
                 self._scheduler.again(run)
             if len(run.row.answer) == 1 and run.writer.index == 0:
                 for sibling in ticket.runs[1:]:

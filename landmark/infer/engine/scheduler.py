@@ -112,7 +112,7 @@ class Scheduler:
         works = []
         while self._waiting and budget > 0 and len(self.running) < self.max_batch:
             run = self._waiting[0][1]
-            if not self.store.admit(run):
+            if (self.store.lengths.whole(run) or 0) > budget or not self.store.admit(run):
                 break
             heapq.heappop(self._waiting)
             self.running.append(run)

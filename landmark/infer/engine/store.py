@@ -21,6 +21,7 @@ from ...models.decoder import Decoder
 from ...nn.cache import SlotState
 from ...nn.paged import Blocks, Pageable, Sees, lazy_zeros
 from ...ops.attention.pages import Pages
+from .lengths import Lengths
 from .pool import Pool
 from .radix import PrefixTree
 from .request import Run
@@ -83,9 +84,11 @@ class Store:
     """
 
     def __init__(
-        self, model: Decoder, *, memory: int, max_batch: int, block: int, chunk: int, prefixes: bool, interval: int
-    ) -> None:
+        self, model: Decoder, *, memory: int, max_batch: int, block: int, chunk: int, prefixes: bool, interval: int,
+        lengths: Lengths,
+    ) -> None:  # fmt: skip
         self.block, self.max_batch, self.prefixes, self.interval = block, max_batch, prefixes, interval
+        self.lengths = lengths
         context = model.cfg.context
         self._state = model.new_state(1, UNLIMITED if context is None else context)
         pageable: dict[Sees, list[Pageable]] = {}
@@ -121,7 +124,7 @@ class Store:
         """Give a sequence what it needs to begin, after the longest beginning that is remembered; False: no room."""
         if not self._lines or (self.slot_pool is not None and not self.slot_pool.available):
             return False
-        use = self.prefixes and not run.ticket.scoring
+        use = self.prefixes and not run.ticket.scoring and not self.lengths.depends(run)
         path = self.tree.path(run.tokens[:-1], run.ticket.adapter) if use else []
         depth = self.tree.usable(path)
         run.computed = depth * self.block
@@ -226,7 +229,7 @@ class Store:
     def advance(self, run: Run, n: int) -> None:
         """`n` tokens of what was computed stay: remember them, give back what has fallen out of windows."""
         run.computed += n
-        if self.prefixes:
+        if self.prefixes and not self.lengths.depends(run):
             self._remember(run)
         for g, group in enumerate(self.groups):
             if not group.sees.everything:
@@ -291,7 +294,9 @@ class Store:
         return (len(run.ticket.request.prompt) - 1) // self.block * self.block
 
     def stop_before(self, run: Run, n: int) -> int:
-        """How many of `n` tokens to read at once, so that states can be kept where they are worth it."""
+        """How many of `n` tokens to read at once, so that states can be kept where they are worth it; 0: not these."""
+        if (whole := self.lengths.whole(run)) is not None:
+            return whole if whole <= n else 0
         if self.slot_pool is None or not self.prefixes:
             return n
         marks = (run.branch, self._last(run), (run.computed // self.interval + 1) * self.interval)
