@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from ..config import Config, ModuleConfig
 from ..ctx import Ctx
 from ..ops.linear import linear
-from ..ops.scan import selective_scan
+from ..ops.scan import selective_scan, step
 from .cache import SlotState
 from .conv import ShortConv
-from .linear import Linear
-from .norm import NormConfig
+from .linear import Linear, bare
+from .norm import NormConfig, RMSNorm
 
 
 class StepInit(Config):
@@ -112,7 +112,11 @@ class Mamba(nn.Module):
 
     def forward(self, x: Tensor, ctx: Ctx, state: SlotState | None = None) -> Tensor:
         held = state.tensors if state is not None else {}
-        x, z = self.inner(x).chunk(2, -1)
+        inner = self.inner(x)
+        if state is not None and ctx.bounds.dense and ctx.bounds.width == 1:
+            if (done := self._step(inner, state)) is not None:
+                return done
+        x, z = inner.chunk(2, -1)
         x, last = self.conv(x, ctx.bounds, held.get("conv"), "silu")
         parts = self.select(x).split(self.parts, -1)
         if self.norms is not None:
@@ -122,5 +126,26 @@ class Mamba(nn.Module):
         y, final = selective_scan(x, self.step(few), A, B, C, self.D, z, ctx.bounds, held.get("ssm"))
         if state is not None:
             state.tensors = {"conv": last, "ssm": final}
+        out: Tensor = self.out(y)
+        return out
+
+    def _step(self, inner: Tensor, state: SlotState) -> Tensor | None:
+        """`forward` of one token a sequence: what lies between the linear maps at both ends is one call; None where the
+        kernel cannot run."""
+        held, norms = state.tensors, [norm for norm in self.norms or () if isinstance(norm, RMSNorm)]
+        if not bare(self.select) or len(norms) != len(self.norms or ()):
+            return None
+        scales = [norm.weight for norm in norms] or None
+        weights = self.conv.weight, self.conv.bias, self.select.weight
+        if step.why_not(
+            inner, self.A_log, self.D, held["ssm"], *weights, *(scales or ()), self.step.weight, self.step.bias,
+            held["conv"],
+        ):  # fmt: skip
+            return None
+        y, last, ssm = step.step(
+            inner, *weights, scales, self.step.weight, self.step.bias, self.A_log, self.D, held["conv"], held["ssm"],
+            eps=norms[0].eps if norms else 0.0, offset=norms[0].offset if norms else 0.0,
+        )  # fmt: skip
+        state.tensors = {"conv": last, "ssm": ssm}
         out: Tensor = self.out(y)
         return out

@@ -13,6 +13,7 @@ from landmark.ctx import Bounds, Ctx
 from landmark.nn.mamba import Mamba, StepInit
 from landmark.nn.mamba2 import Mamba2
 from landmark.nn.norm import RMSNorm
+from landmark.ops.scan import step
 from tests.nn.mixers import check_learns, check_sequences, check_state_is_constant, small
 
 MIXERS = {
@@ -113,3 +114,35 @@ def test_what_configs_refuse() -> None:
         Mamba.Config(state=-1)
     with pytest.raises(ValueError, match="StepInit has low = 0"):
         StepInit(low=0)
+
+
+@pytest.mark.skipif(step.SOURCE.why_not() is not None, reason=str(step.SOURCE.why_not()))
+@pytest.mark.parametrize("name", ["mamba", "mamba, few states", "mamba, norms", "mamba without a convolution"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
+@torch.no_grad()
+def test_a_decoded_token_in_one_call(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    """The kernel, against the layer's own parts in float64; what it was given stays as it was."""
+    torch.manual_seed(0)
+    mixer = MIXERS[name].build(36)
+    assert isinstance(mixer, Mamba)
+    mixer.reset_parameters()
+    mixer.step.reset_parameters()
+    mixer.conv.reset_parameters()
+    for tokens in (1, 3, 11):
+        x = torch.randn(tokens, 1, 36)
+        results = {}
+        for kind in (dtype, torch.float64):
+            mixer.to(dtype).to(kind)
+            state = mixer.new_state(tokens, 9, kind, torch.device("cpu"))
+            g = torch.Generator().manual_seed(1)
+            given = {k: torch.randn(t.shape, generator=g).to(dtype).to(t.dtype) for k, t in state.tensors.items()}
+            state.tensors = dict(given)
+            before = {k: t.clone() for k, t in given.items()}
+            ctx = Ctx(torch.zeros(tokens, 1, dtype=torch.long), Bounds(tokens, 1), (1,) * tokens)
+            y = mixer(x.to(dtype).to(kind), ctx, state)
+            assert all(torch.equal(t, before[k]) for k, t in given.items())
+            results[kind] = [y, *state.tensors.values()]
+        for got, want in zip(results[dtype], results[torch.float64], strict=True):
+            assert got.shape == want.shape
+            if want.numel():
+                assert (got.double() - want).abs().max() <= tolerance * want.abs().max()

@@ -38,22 +38,6 @@ static int64_t group(const Call *c, Group *groups) {
     return count;
 }
 
-// t[m][r] = rows [from, from + n) of a matrix, each of `width` elements, times the M vectors of x.
-INLINE void rows(const char *w, int64_t width, int64_t n, const char *const *x, float (*t)[W], const int M, const int half) {
-    const int64_t row = width * (half ? 2 : 4);
-    int64_t r = 0;
-    vf acc[2 * FEW];
-    if (M > 2)  // two at once, so that x is read half as often
-        for (; r + 2 <= n; r += 2) {
-            dots((const char *[]){w + r * row, w + (r + 1) * row}, x, width, acc, 2, M, half);
-            for (int m = 0; m < M; m++) t[m][r] = sum(acc[m]), t[m][r + 1] = sum(acc[M + m]);
-        }
-    for (; r < n; r++) {
-        dots((const char *[]){w + r * row}, x, width, acc, 1, M, half);
-        for (int m = 0; m < M; m++) t[m][r] = sum(acc[m]);
-    }
-}
-
 // Rows [from, to) of gate and up, for M tokens x -> their places in h.
 INLINE void inner(const Call *c, int64_t e, const char *const *x, char *const *h, int64_t from, int64_t to, const int M,
                   const int half) {
@@ -85,18 +69,6 @@ INLINE void outer(const Call *c, int64_t e, const char *const *h, float *const *
         for (int m = 0; m < M; m++) memcpy(z[m] + o, t[m], n * sizeof(float));
     }
 }
-
-#define EACH(M, F, ...)                                                                                                \
-    switch (M) {                                                                                                       \
-        case 1: F(__VA_ARGS__, 1, half); break;                                                                        \
-        case 2: F(__VA_ARGS__, 2, half); break;                                                                        \
-        case 3: F(__VA_ARGS__, 3, half); break;                                                                        \
-        case 4: F(__VA_ARGS__, 4, half); break;                                                                        \
-        case 5: F(__VA_ARGS__, 5, half); break;                                                                        \
-        case 6: F(__VA_ARGS__, 6, half); break;                                                                        \
-        case 7: F(__VA_ARGS__, 7, half); break;                                                                        \
-        default: F(__VA_ARGS__, 8, half);                                                                              \
-    }
 
 // Scratch of a call, by choice: inputs where weights multiply them, hidden vectors, answers in float32.
 typedef struct {

@@ -18,3 +18,14 @@ INLINE vf activated(vf x, const int kind) {
         default: return x;
     }
 }
+
+// log(1 + e^x) = max(x, 0) + 2 atanh(u / (2 + u)) with u = e^-|x|
+INLINE vf vsoftplus(vf x) {
+    const vf u = vexp(-vmax(x, -x)), s = u / (2.0f + u), q = s * s;
+    vf p = q * (1 / 13.0f) + 1 / 11.0f;
+    p = p * q + 1 / 9.0f;
+    p = p * q + 1 / 7.0f;
+    p = p * q + 1 / 5.0f;
+    p = p * q + 1 / 3.0f;
+    return vmax(x, splat(0)) + 2.0f * s * (p * q + 1.0f);
+}

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from ...ctx import Bounds
-from . import chunked, cpu, reference
+from . import chunked, cpu, reference, step
 
 Backend = Literal["reference", "chunked", "cpu"]
 
@@ -42,4 +42,4 @@ def selective_scan(
 
 _RUN = {"reference": reference.selective_scan, "chunked": chunked.selective_scan, "cpu": cpu.selective_scan}
 
-__all__ = ["Backend", "reference", "selective_scan", "why_not"]
+__all__ = ["Backend", "reference", "selective_scan", "step", "why_not"]

@@ -1,6 +1,6 @@
 // Mamba's selective scan and its gradient. Lanes are channels; a block of W channels keeps its N states in registers.
 #include <stdlib.h>
-#include "vector.h"
+#include "act.h"
 
 #define AT(p, i) ((char *)(p) + (i) * (half ? 2 : 4))
 #define STEPS 32  // tokens between states that are kept for backward
@@ -12,17 +12,6 @@ INLINE void give(void *p, int64_t n, vf x, const int half) {
         store(p, 0, x, half);
     else
         store_n(p, 0, n, x, half);
-}
-
-// log(1 + e^x) = max(x, 0) + 2 atanh(u / (2 + u)) with u = e^-|x|
-INLINE vf vsoftplus(vf x) {
-    const vf u = vexp(-vmax(x, -x)), s = u / (2.0f + u), q = s * s;
-    vf p = q * (1 / 13.0f) + 1 / 11.0f;
-    p = p * q + 1 / 9.0f;
-    p = p * q + 1 / 7.0f;
-    p = p * q + 1 / 5.0f;
-    p = p * q + 1 / 3.0f;
-    return vmax(x, splat(0)) + 2.0f * s * (p * q + 1.0f);
 }
 
 // Inputs of [tokens, channels] (z may be null) and [tokens, N], each with a row stride; A [N, channels], D [channels].
