@@ -6,7 +6,8 @@ A module says what its structure does not: `mixing_flops(context)`, where tokens
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..ctx import Bounds, Memory
+from ..nn.attention import Attention, CrossAttention
 from ..nn.bitlinear import Ternary
 from ..nn.codes import CodedEmbedding
+from ..nn.disentangled import DisentangledAttention
 from ..nn.embedding import Embedding, Head
 from ..nn.heads import SequenceHead
 from ..nn.linear import Packed, count
@@ -26,6 +29,7 @@ from .base import Model
 from .decoder import Decoder
 from .encoder_decoder import EncoderDecoder
 
+PLACES = 64  # of a text, where what a token costs is counted for its mean
 BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
 
 
@@ -46,10 +50,11 @@ class Figures:
     """Parameters, FLOPs per token and bytes. A token of an encoder-decoder is one of the source and one of the target.
 
     `embedding`: the tables of the embedding, and a head of its own. `flops`: forward, for a token that sees `context`
-    tokens; training takes three times that, as backward is two forwards. `cache_per_token`: what each token adds to
-    the decoding state of a sequence while all windows are longer, and `cache_growth` after `context` tokens; `cache`:
-    the state at `context` tokens; None where nothing is decoded. `memory`: the weights in each number format, without
-    the scales of quantised groups; where linear maps are ternary, also with these in two bits and the rest in bfloat16.
+    tokens; `training_flops`: forward and backward, the mean over texts of so many. `cache_per_token`: what each token
+    adds to the decoding state of a sequence while all windows are longer, and `cache_growth` after `context` tokens;
+    `cache`: the state at `context` tokens; None where nothing is decoded. `memory`: the weights in each number format,
+    without the scales of quantised groups; where linear maps are ternary, also with these in two bits and the rest in
+    bfloat16.
     """
 
     parameters: int
@@ -92,7 +97,7 @@ def figures(model: Model, *, context: int | None = None, dtype: torch.dtype = to
         longest=longest,
         context=context,
         flops=flops,
-        training_flops=3 * flops,
+        training_flops=training_flops(model, context),
         cache_per_token=per_token,
         cache_growth=growth,
         cache=cache,
@@ -127,12 +132,39 @@ def forward_flops(model: nn.Module, context: int) -> int:
     A layer that is passed several times counts as often, a tied head where it is used, and a head that speaks once a
     text, or for drafts, not at all.
     """
+    return _flops(model, lambda mixer: mixer.mixing_flops(context), drafts=False)
+
+
+def training_flops(model: nn.Module, length: int) -> int:
+    """FLOPs of training on a token, the mean over texts of `length` tokens: its forward, and twice that backward.
+
+    In causal layers a token sees those before it and itself, in all others the whole text. Drafts count with their use
+    of the head; what is computed a second time to save memory does not (Chowdhery et al. 2022, app. B).
+    """
+    count = min(length, PLACES)
+    places = [math.ceil((i + 0.5) * length / count) for i in range(count)]
+
+    def mixing(mixer: Mixer) -> int:
+        if isinstance(mixer, CrossAttention | DisentangledAttention) or (
+            isinstance(mixer, Attention) and not mixer.cfg.causal
+        ):
+            return mixer.mixing_flops(length)
+        return round(sum(map(mixer.mixing_flops, places)) / count)
+
+    return 3 * _flops(model, mixing, drafts=True)
+
+
+def _flops(model: nn.Module, mixing: Callable[[Mixer], int], *, drafts: bool) -> int:
     embedding = next((m for m in model.modules() if isinstance(m, Embedding)), None)
+    head = next((m for m in model.modules() if isinstance(m, Head)), None)
 
     def passing(module: nn.Module) -> int:
-        if isinstance(module, SequenceHead | Drafts):
+        if isinstance(module, SequenceHead):
             return 0
-        flops = module.mixing_flops(context) if isinstance(module, Mixer) else 0
+        if isinstance(module, Drafts):
+            assert head is not None
+            return module.depth * passing(head) + sum(map(passing, module.children())) if drafts else 0
+        flops = mixing(module) if isinstance(module, Mixer) else 0
         if isinstance(module, Sparse):
             return flops + 2 * module.active_parameters()
         if isinstance(module, Packed) and not isinstance(module, CodedEmbedding):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..config import to_dict
 from ..models.base import Model
-from ..models.inspect import forward_flops
+from ..models.inspect import training_flops
 from ..objectives.base import Loss, Objective
 from ..parallel import data as parallel
 from ..parallel.world import World, world
@@ -166,8 +166,7 @@ class Run:
         self.tokens = 0  # read so far, by all processes
         self.evaluated: tuple[int, dict[str, float]] | None = None  # when last, and the held-out metrics then
         self.best: tuple[str, float] | None = None  # the checkpoint of the lowest held-out loss
-        # FLOPs of a token in rows of so many: forward, and twice that backward; it sees half of its row on average.
-        self.flops = cache(lambda length: 3 * forward_flops(model, max(1, length // 2)))
+        self.flops = cache(lambda length: training_flops(model, length))
 
     def open(self, resume: bool) -> Path | None:
         """Make ready for the first update, or for the one after the latest checkpoint, which is returned."""

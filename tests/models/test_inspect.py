@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from landmark.cli.main import main
 from landmark.config import ModuleConfig
 from landmark.models.diff import Pattern, diff, leaves
 from landmark.models.encoder_decoder import EncoderDecoder
-from landmark.models.inspect import Figures, figures, forward_flops
+from landmark.models.inspect import Figures, figures, forward_flops, training_flops
 from landmark.models.registry import published, sizes
+from landmark.nn.attention import Attention
 from landmark.nn.linear import Linear
+from landmark.nn.mtp import IndependentDrafts
 
 TINY = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
 TINY |= dict(num_key_value_heads=2, max_position_embeddings=64)
@@ -61,13 +64,40 @@ def test_flops_of_shared_layers_and_of_two_sides() -> None:
     assert counter.get_total_flops() == 11 * forward_flops(pair, 11)
 
 
+def test_training_counts_what_each_token_of_a_text_sees() -> None:
+    """In causal layers what is before it, in others all; the mean over the text, forward and twice that backward."""
+    for spec in ("gpt2", "gemma3-270m"):  # a window shorter than the text
+        model, length = meta(spec), 64
+        for attention in model.modules():
+            if isinstance(attention, Attention) and attention.cfg.window is not None:
+                attention.cfg = replace(attention.cfg, window=9)
+        exact = 3 * sum(forward_flops(model, seen) for seen in range(1, length + 1)) / length
+        assert training_flops(model, length) == pytest.approx(exact, rel=1e-9)
+    long = figures(meta("llama2-7b"), context=4096)
+    half = 3 * forward_flops(meta("llama2-7b"), 2048)
+    assert long.training_flops == pytest.approx(half, rel=1e-4) and long.training_flops < 3 * long.flops
+    for name in ("bert-base-uncased", "deberta-v3-small"):
+        assert figures(meta(name), context=100).training_flops == 3 * figures(meta(name), context=100).flops
+
+
+def test_training_passes_drafts_and_their_heads() -> None:
+    plain = meta({**TINY, **LAYOUTS["gqa"]})
+    layer = plain.cfg.layers[0]
+    with torch.device("meta"):
+        model = replace(plain.cfg, drafts=IndependentDrafts.Config(layer=layer, depth=2)).build()
+    assert forward_flops(model, 10) == forward_flops(plain, 10)
+    one = training_flops(plain, 10)
+    head = 3 * 2 * plain.cfg.dim * plain.cfg.embed.vocab
+    body = one - head
+    assert training_flops(model, 10) == one + 2 * (head + body // len(plain.cfg.layers))
+
+
 def test_windows_bound_what_a_token_costs() -> None:
     mistral = meta("mistral-7b-v0.1")
     assert forward_flops(mistral, 4096) == forward_flops(mistral, 32768) > forward_flops(mistral, 4095)
     made = figures(mistral)
     assert made.context == made.longest == 32768
     assert (made.cache_per_token, made.cache_growth, made.cache) == (131_072, 0, 4096 * 131_072)
-    assert made.training_flops == 3 * made.flops
 
 
 def test_local_and_global_layers_keep_different_pasts() -> None:

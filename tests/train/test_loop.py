@@ -102,7 +102,7 @@ def test_records(tmp_path: Path) -> None:
     assert lines[-1]["tokens"] == 6 * 4 * 24
     assert lines[0]["bits_per_byte"] == pytest.approx(lines[0]["nll"] / math.log(2) / 3)
     assert all(r["tokens_per_s"] > 0 and r["memory"] > 1e7 and r["lr"] == 1e-3 for r in lines)
-    flops = 3 * landmark.models.inspect.forward_flops(tiny(), 12)
+    flops = landmark.models.inspect.training_flops(tiny(), 24)
     assert lines[0]["mfu"] == pytest.approx(lines[0]["tokens_per_s"] * flops / 1e12)
 
 
