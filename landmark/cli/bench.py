@@ -152,7 +152,8 @@ def show_soak(report: dict[str, Any]) -> None:
     growth = "not told" if report["memory_growth"] is None else f"{report['memory_growth']:+.2%}"
     console.print(
         f"{report['requests_in_all']} requests; {engine['new_tokens']:.0f} tokens in {engine['steps']:.0f} steps, "
-        f"{engine['cancelled']:.0f} cancelled, {engine['preempted']:.0f} preempted; {report['checked']} answers checked"
+        f"{engine['cancelled']:.0f} cancelled, {engine['preempted']:.0f} preempted; {report['checked']} answers "
+        f"checked, {report['by_rounding']} of them other by rounding"
     )
     console.print(f"resident memory {memory['after_warm_up']:.1f} -> {memory['end']:.1f} MiB ({growth})")
     for criterion, met in report["criteria"].items():

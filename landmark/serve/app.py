@@ -29,6 +29,7 @@ from ..infer.engine import Request as Wanted
 from .answers import ChatChoice, TextChoice, gather, head, include_usage, merge_pieces, usage
 from .errors import ApiError, bad
 from .limits import Gate, Limits
+from .memory import keep_trim
 from .metrics import Metrics
 from .schema import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from .served import Served, ServedEncoder, decoder, find
@@ -249,7 +250,9 @@ def create_app(models: Sequence[Served | ServedEncoder], limits: Limits = Limits
         for engine in engines:
             engine.start()
         server.draining = False
+        trimming = asyncio.create_task(keep_trim())
         yield
+        trimming.cancel()
         server.draining = True
         for engine in engines:
             await asyncio.to_thread(engine.stop)

@@ -116,16 +116,41 @@ async def soak(
 
         await asyncio.gather(watch(), *(visits(n) for n in range(wanted.clients)))
         idle = await _until_idle(client, began)
-        checked, differing = 0, []
+        checked, rounded, differing = 0, 0, []
         for asked in seen.kept:
             if tell is not None:
                 tell(time.monotonic() - began, f"{checked} of {len(seen.kept)} answers asked for again, alone")
             again = await target.ask(asked.path, {**asked.body, "stream": False})
             checked += 1
             if again != asked.said:
-                differing.append({**asdict(asked), "alone": again})
+                if await by_rounding(target, asked, again):
+                    rounded += 1
+                else:
+                    differing.append({**asdict(asked), "alone": again})
         last = await _until_idle(client, began)
-    return report(wanted, seen, idle and last, checked, differing)
+    return report(wanted, seen, idle and last, checked, rounded, differing)
+
+
+async def by_rounding(target: Target, asked: Asked, alone: Any) -> bool:
+    """Whether a draw lay so near the edge between two tokens that the last bits decided it: the first token that
+    differs is another one again if the temperature, or the token's bias where nothing is drawn, changes by 1e-4."""
+    if len(alone) != len(asked.said):
+        return False
+    (_, _, said, _), (_, _, own, _) = next(pair for pair in zip(asked.said, alone, strict=True) if pair[0] != pair[1])
+    at = next((n for n, (a, b) in enumerate(zip(said, own, strict=False)) if a != b), None)
+    if at is None:
+        return False
+    heat = asked.body["temperature"]
+    for change in (1e-5, -1e-5, 1e-4, -1e-4):
+        if heat:
+            changed: dict[str, Any] = {"temperature": heat * (1 + change)}
+        else:
+            changed = {"logit_bias": {str(said[at]): abs(change)}}
+        answers = await target.ask(asked.path, {**asked.body, "stream": False, **changed})
+        tokens = [answer[2] for answer in answers]
+        if any(len(t) > at and t[:at] == own[:at] and t[at] != own[at] for t in tokens) and own not in tokens:
+            return True
+    return False
 
 
 async def _visit(target: Target, kind: Kind, draw: random.Random, seen: Seen, wanted: Soak) -> None:
@@ -165,7 +190,9 @@ def _line(seen: Seen) -> str:
     return told + (f", {len(seen.wrong)} wrong" if seen.wrong else "")
 
 
-def report(wanted: Soak, seen: Seen, last: Figures | None, checked: int, differing: list[Any]) -> dict[str, Any]:
+def report(
+    wanted: Soak, seen: Seen, last: Figures | None, checked: int, rounded: int, differing: list[Any]
+) -> dict[str, Any]:
     """Figures, and of each criterion whether it is met."""
     warm = 60 * wanted.minutes * wanted.warm
     counted = [f for f in seen.figures if f.seconds >= warm] or seen.figures[-1:]
@@ -183,7 +210,8 @@ def report(wanted: Soak, seen: Seen, last: Figures | None, checked: int, differi
     return {
         "soak": asdict(wanted), "passed": all(criteria.values()), "criteria": criteria,
         "requests": dict(seen.requests.most_common()), "requests_in_all": tasks, "wrong": seen.wrong[:20],
-        "answers": seen.answers, "checked": checked, "differing": differing[:5], "memory_growth": growth,
+        "answers": seen.answers, "checked": checked, "by_rounding": rounded, "differing": differing[:5],
+        "memory_growth": growth,
         "memory_mib": {"after_warm_up": first / 2**20, "end": final / 2**20}, "files": [counted[0].files, end.files],
         "engine": end.engine, "samples": [[f.seconds, f.bytes, f.files, f.engine["running"]] for f in seen.figures],
     }  # fmt: skip

@@ -88,7 +88,7 @@ def test_the_verdict_on_memory() -> None:
             ]
         )
         last = Figures(101.0, 4e8, 9, 0, engine | {"used": used})
-        return report(Soak(minutes=100 / 60), seen, last, 1, [])
+        return report(Soak(minutes=100 / 60), seen, last, 1, 0, [])
 
     assert grown(0.005)["passed"] and grown(0.005)["memory_growth"] < 0.005
     assert not grown(0.1)["passed"]
