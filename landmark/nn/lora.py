@@ -11,22 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from ..config import nearest
-from ..ops.linear import linear
+from ..ops.low_rank import add_low_rank
 from .bitlinear import PackedBitLinear
 from .codes import CodedLinear
 from .linear import GroupedLinear, Linear
 
+Groups = tuple[tuple[str, slice | None], ...]  # numbers of adapters, and the tokens of each (None: all of them)
+
 
 class Adapters:
-    """Which adapter each token of the next pass goes through: one object that all adapted maps of a model share.
+    """The adapters of a model, and which of them each token of the next pass goes through.
 
-    `names` are the adapters', in the order of their numbers; None, and the number -1, is the model without any. Only
-    one thread may run the model while a choice stands.
+    `names` are in the order of their numbers; None, and the number -1, is the model without any. While no token goes
+    through one, the maps themselves stand in the model, which then is what it was and costs what it did; else their
+    `LoRA`s do. Only one thread may run the model while a choice stands.
     """
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self.groups: tuple[tuple[str, slice | None], ...] = ()  # number, and its tokens (None: all of them)
+        self.places: dict[str, tuple[nn.Module, str, LoRA]] = {}  # by dotted name: parent, its name for it
+        self.groups: Groups = ()
         self.tokens = 0  # in all, where some go through one adapter and some through another
 
     def number(self, name: str | None) -> int:
@@ -41,7 +45,7 @@ class Adapters:
     def choose(self, name: str | None) -> None:
         """From now on, all tokens."""
         number = self.number(name)
-        self.groups = () if number < 0 else ((str(number), None),)
+        self._go(() if number < 0 else ((str(number), None),))
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[None]:
@@ -51,39 +55,45 @@ class Adapters:
         try:
             yield
         finally:
-            self.groups = before
+            self._go(before)
 
     @contextmanager
     def rows(self, runs: Iterable[tuple[int, int]]) -> Iterator[None]:
         """Within this block, tokens [B, T], read in order, go through these: (number of an adapter, how many tokens).
         It costs least where those of one adapter stand together."""
-        before, groups, end, last = self.groups, [], 0, None
+        before, found, end = self.groups, list[tuple[int, int, int]](), 0
         for number, count in runs:
             start, end = end, end + count
-            if number == last and number >= 0:
-                groups[-1] = (str(number), slice(groups[-1][1].start, end))
-            elif number >= 0:
-                groups.append((str(number), slice(start, end)))
-            last = number
-        whole = len(groups) == 1 and groups[0][1] == slice(0, end)
-        self.groups = ((groups[0][0], None),) if whole else tuple(groups)
+            if found and number == found[-1][0]:
+                start = found.pop()[1]
+            found.append((number, start, end))
         self.tokens = end
+        if len(found) == 1:
+            self._go(((str(found[0][0]), None),) if found[0][0] >= 0 else ())
+        else:
+            self._go(tuple((str(number), slice(start, stop)) for number, start, stop in found if number >= 0))
         try:
             yield
         finally:
-            self.groups = before
+            self._go(before)
+
+    def _go(self, groups: Groups) -> None:
+        if bool(groups) != bool(self.groups):
+            for parent, name, lora in self.places.values():
+                parent._modules[name] = lora if groups else lora.base
+        self.groups = groups
 
 
 class Factors(nn.Module):
-    """scale (x A^T) B^T of one adapter; A [r, in], B [out, r], in whose dtype it is computed."""
+    """scale (x A^T) B^T of one adapter; A [r, in], B [out, r], whose columns lie together."""
 
     def __init__(self, A: Tensor, B: Tensor, scale: float) -> None:
         super().__init__()
-        self.A, self.B, self.scale = nn.Parameter(A), nn.Parameter(B), scale
+        self.A, self.B, self.scale = nn.Parameter(A), nn.Parameter(B.mT.contiguous().mT), scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out], without the scale, in x's dtype."""
-        return linear(linear(x.to(self.A.dtype), self.A), self.B).to(x.dtype)
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """y + scale (x A^T) B^T; y [..., out], which may be overwritten where no gradient is wanted, x [..., in]."""
+        return add_low_rank(y, x, self.A, self.B, self.scale)
 
     def extra_repr(self) -> str:
         return f"rank={self.A.shape[0]}, scale={self.scale:g}"
@@ -106,25 +116,21 @@ class LoRA(nn.Module):
         y: Tensor = self.base(x)
         for number, rows in self.adapters.groups:
             if number in self.factors:
-                factors: Any = self.factors[number]
-                y = self._all(factors, x, y) if rows is None else self._some(factors, x, y, rows)
+                factors = self.factors[number]
+                y = factors(y, x) if rows is None else self._some(factors, x, y, rows)
         return y
 
-    def _all(self, factors: Factors, x: Tensor, y: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return torch.add(y, factors(x), alpha=factors.scale)
-        return y.add_(factors(x), alpha=factors.scale)
-
-    def _some(self, factors: Factors, x: Tensor, y: Tensor, rows: slice) -> Tensor:
+    def _some(self, factors: nn.Module, x: Tensor, y: Tensor, rows: slice) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         if flat.shape[0] != self.adapters.tokens:
             raise ValueError(
                 f"a layer reads {flat.shape[0]} rows where there are {self.adapters.tokens} tokens, so they cannot "
                 "go through several adapters at once; use one at a time, or merge it into the weights"
             )
+        out = y.view(-1, y.shape[-1])
         if torch.is_grad_enabled():
-            y = y.clone()
-        y.view(-1, y.shape[-1])[rows].add_(factors(flat[rows]), alpha=factors.scale)
+            return torch.cat([out[: rows.start], factors(out[rows], flat[rows]), out[rows.stop :]]).view_as(y)
+        factors(out[rows], flat[rows])
         return y
 
 

@@ -26,16 +26,19 @@ from ..weights.adapter import Adapter, read_adapter, write_adapter
 from ..weights.low_rank import LowRank
 
 
-def attach(model: Model, adapters: Mapping[str, Adapter], *, dtype: torch.dtype | None = None) -> Adapters:
-    """Put adapters beside the linear maps of a model, in place; more may follow. What is returned chooses among them.
+def attach(
+    model: Model, adapters: Mapping[str, Adapter], *, to: Adapters | None = None, dtype: torch.dtype | None = None
+) -> Adapters:
+    """Adapters beside the linear maps of a model, from which what is returned chooses; at first, none is chosen. `to`:
+    those that the model has already, which these join.
 
-    Maps may be coded (int8, int4) or ternary. Factors are kept, and what they add is computed, in `dtype`: by default
-    float32 or wider on the processor, which is slow at narrow products of 16 bits, and elsewhere the model's. They take
-    gradients once `requires_grad_` says so. Raises ValueError for maps that cannot have one: stacks of experts, and those whose
-    weight is read by other layers (a head, what latent attention absorbs); `merge` takes these too.
+    Maps may be coded (int8, int4) or ternary. Factors are kept, and what they add is computed, in `dtype`, by default
+    the model's; they take gradients once `requires_grad_` says so. Raises ValueError for maps that cannot have one:
+    stacks of experts, and those whose weight other layers read (a head, what latent attention absorbs); `merge` takes
+    these too.
     """
     found = {name: module for name, module, _ in linear_maps(model)}
-    chooser = next((m.adapters for m in model.modules() if isinstance(m, LoRA)), None) or Adapters()
+    chooser = to or Adapters()
     for title, adapter in adapters.items():
         if title in chooser.names:
             raise ValueError(f"the model has an adapter {title!r} already; give each a name of its own")
@@ -46,19 +49,19 @@ def attach(model: Model, adapters: Mapping[str, Adapter], *, dtype: torch.dtype 
                 )
             if (reason := why_not(name, found[name])) is not None:
                 raise ValueError(f"the adapter {title!r} changes {name!r}, which {reason}; merge it into the weights")
-    wide = torch.promote_types(model.dtype, torch.float32)
-    where: Any = {"device": model.device, "dtype": dtype or (wide if model.device.type == "cpu" else model.dtype)}
-    for title, adapter in adapters.items():
-        number = str(len(chooser.names))
-        chooser.names.append(title)
-        for name, low in adapter.factors.items():
-            place = model.get_submodule(name)
-            if not isinstance(place, LoRA):
-                base, place = place, LoRA(place, chooser)
-                place.train(base.training)
-                model.set_submodule(name, place)
-            factors = Factors(low.right.to(**where, copy=True), low.left.to(**where, copy=True), low.scale)
-            place.factors[number] = factors.requires_grad_(False).train(place.training)
+    where: Any = {"device": model.device, "dtype": dtype or model.dtype}
+    with chooser.use(None):
+        for title, adapter in adapters.items():
+            number = str(len(chooser.names))
+            chooser.names.append(title)
+            for name, low in adapter.factors.items():
+                if name not in chooser.places:
+                    parent, _, last = name.rpartition(".")
+                    lora = LoRA(found[name], chooser).train(found[name].training)
+                    chooser.places[name] = model.get_submodule(parent), last, lora
+                lora = chooser.places[name][2]
+                factors = Factors(low.right.to(**where, copy=True), low.left.to(**where, copy=True), low.scale)
+                lora.factors[number] = factors.requires_grad_(False).train(lora.training)
     return chooser
 
 
@@ -82,19 +85,14 @@ def check_rows(model: Decoder, adapters: Adapters) -> None:
                 model.hidden(tokens, state=model.new_state(count, 1))
 
 
-def detach(model: Model) -> None:
-    """Take all adapters away, in place."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoRA):
-            model.set_submodule(name, module.base)
-
-
-def taken(model: Model, title: str) -> Adapter:
+def taken(adapters: Adapters, title: str) -> Adapter:
     """An attached adapter as it is now; its tensors are the model's."""
-    maps = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRA)]
-    number = str((maps[0][1].adapters if maps else Adapters()).number(title))
-    parts: list[tuple[str, Any]] = [(name, m.factors[number]) for name, m in maps if number in m.factors]
-    return Adapter({name: LowRank(f.B.detach(), f.A.detach(), f.scale) for name, f in parts})
+    number, factors = str(adapters.number(title)), {}
+    for name, (_, _, lora) in adapters.places.items():
+        if number in lora.factors:
+            own: Any = lora.factors[number]
+            factors[name] = LowRank(own.B.detach(), own.A.detach(), own.scale)
+    return Adapter(factors)
 
 
 @torch.no_grad()
@@ -141,7 +139,6 @@ __all__ = [
     "Adapters",
     "attach",
     "check_rows",
-    "detach",
     "fresh",
     "merge",
     "read_adapter",

@@ -84,7 +84,7 @@ def save(model: Model, directory: str | Path, *, shard_bytes: int = 5_000_000_00
         raise ValueError(f"{directory} is a file; a model is saved to a directory")
     if any(isinstance(module, LoRA) for module in model.modules()):
         raise ValueError(
-            "the model has adapters beside its weights; write_adapter saves these, merge or detach ends it"
+            "an adapter is chosen; write_adapter saves it, and choose(None) leaves the model's own weights"
         )
     weights = model.state_dict()
     hf = published_form(model)

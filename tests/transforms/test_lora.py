@@ -13,8 +13,8 @@ from torch import Tensor
 import landmark
 from landmark.config import ModuleConfig
 from landmark.models.decoder import Decoder
-from landmark.nn.lora import LoRA, linear_maps
-from landmark.transforms.lora import Adapter, attach, check_rows, detach, fresh, merge, taken, why_not
+from landmark.nn.lora import Adapters, LoRA, linear_maps
+from landmark.transforms.lora import Adapter, attach, check_rows, fresh, merge, taken, why_not
 from landmark.transforms.quantise import quantise
 
 from ..infer.mixers import MIXERS
@@ -101,18 +101,18 @@ def test_all_rows_are_one_choice() -> None:
         assert chosen.groups == (("0", slice(0, 3)),)
 
 
-def test_taken_away() -> None:
-    """Detached, the model is what it was, and can be saved."""
+def test_without_a_choice_the_model_is_what_it_was() -> None:
+    """Module by module, and bit by bit; with one, its linear maps are others."""
     model = llama()
-    before, names = model.state_dict(), [name for name, _ in model.named_modules()]
+    before, modules = model.state_dict(), dict(model.named_modules())
     adapters = attach(model, {"a": drawn(model)})
-    attach(model, {"b": drawn(model, 1)})
-    assert adapters.names == ["a", "b"]
-    detach(model)
-    assert [name for name, _ in model.named_modules()] == names
+    assert attach(model, {"b": drawn(model, 1)}, to=adapters) is adapters and adapters.names == ["a", "b"]
+    for name in ("a", None, "b", None):
+        adapters.choose(name)
+        assert (dict(model.named_modules()) == modules) == (name is None)
+        assert any(isinstance(m, LoRA) for m in model.modules()) == (name is not None)
     after = model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_learning(tmp_path: Path) -> None:
@@ -137,10 +137,10 @@ def test_learning(tmp_path: Path) -> None:
         loss.backward()
         optimiser.step()
     assert losses[-1] < 0.8 * losses[0]
-    learnt, want = taken(model, "new"), model(text).detach()
-    with pytest.raises(ValueError, match="adapters beside its weights"):
+    learnt, want = taken(adapters, "new"), model(text).detach()
+    with pytest.raises(ValueError, match="an adapter is chosen"):
         landmark.save(model, tmp_path)
-    detach(model)
+    adapters.choose(None)
     assert all(torch.equal(w, weights[name]) for name, w in model.state_dict().items())
     merge(model, learnt)
     close(model(text).detach(), want)
@@ -158,7 +158,7 @@ def test_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = landmark.build(LLAMA)
     adapter = drawn(llama())
-    attach(model.eval(), {"a": adapter})
+    attach(model.eval(), {"a": adapter}).choose("a")
     assert all(m.factors["0"].A.is_meta for m in model.modules() if isinstance(m, LoRA))
     assert model(torch.zeros(1, 4, dtype=torch.long, device="meta")).shape == (1, 4, 97)
 
@@ -166,13 +166,11 @@ def test_on_the_meta_device() -> None:
 def test_complaints() -> None:
     model = llama()
     adapter = drawn(model)
-    attach(model, {"a": adapter})
+    adapters = attach(model, {"a": adapter})
     with pytest.raises(ValueError, match=r"has an adapter 'a' already"):
-        attach(model, {"a": adapter})
-    with pytest.raises(
-        ValueError, match=r"no adapter 'b'; did you mean 'a'\?; there are a|no adapter 'b'; there are a"
-    ):
-        attach(model, {}).choose("b")
+        attach(model, {"a": adapter}, to=adapters)
+    with pytest.raises(ValueError, match=r"no adapter 'b'.*; there are a"):
+        adapters.choose("b")
     with pytest.raises(ValueError, match=r"'layers.0.attn.fn.w', which this model lacks"):
         attach(model, {"c": Adapter({"layers.0.attn.fn.w": next(iter(adapter.factors.values()))})})
     with pytest.raises(ValueError, match=r"'head.linear', which other layers read; merge it"):
@@ -182,7 +180,7 @@ def test_complaints() -> None:
     with pytest.raises(ValueError, match="the rank is 0"):
         fresh(model, 0)
     with pytest.raises(ValueError, match="no adapter 'x'; the model has none"):
-        taken(llama(), "x")
+        taken(Adapters(), "x")
 
 
 def fresh_head(model: Decoder) -> Adapter:
