@@ -36,6 +36,9 @@ bench: $(VENV)/.ready-test
 	$(BIN)/python bench/bench_generate.py
 	$(BIN)/python bench/bench_families.py
 
+bench-rivals: $(VENV)/.ready-test
+	$(BIN)/python bench/bench_rivals.py --install $(VENV)/rivals
+
 lint: $(VENV)/.ready-test
 	$(BIN)/ruff check landmark tests bench
 	$(BIN)/mypy landmark
