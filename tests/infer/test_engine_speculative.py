@@ -11,13 +11,16 @@ import torch
 
 from landmark.infer.constrain import Forms
 from landmark.infer.engine import Answer, Engine, Request, Sampling
-from landmark.infer.engine.drafts import MOST, Lookup
+from landmark.infer.engine.drafts import Lookup
+from landmark.infer.engine.pace import MOST, Cost, Pace
 from landmark.models.decoder import Decoder
 from landmark.models.pattern import pattern
 
 from ..models.families import perturb
-from .models import speaker, tokenizer
+from ..nn.test_mtp import small
+from .models import LLAMA, build, speaker, tokenizer
 from .test_engine import empty, model, requests, tight
+from .test_own_drafts import counting
 
 OPTIONS: dict[str, Any] = {"max_batch": 5, "chunk": 24, "block": 8}
 
@@ -130,29 +133,178 @@ def test_who_leaves_early() -> None:
     assert kept == [a[0].tokens for a in plain.generate(repetitive(97)[6:])] and empty(engine)
 
 
+def near(original: Decoder, noise: float = 0.02) -> Decoder:
+    """A draft model that agrees with it on many tokens."""
+    draft = original.cfg.build().to(original.dtype).eval()
+    draft.load_state_dict(original.state_dict())
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in draft.parameters():
+            weight += noise * weight.std() * torch.randn_like(weight) if weight.numel() > 1 else 0
+    return draft
+
+
+def cheap(engine: Engine) -> Engine:
+    """As if the model that drafts were a tenth of the size."""
+    engine._scheduler._cost = Cost(guess=0.1)
+    return engine
+
+
+@pytest.mark.parametrize("drafted", ["llama", "window", "hybrid", "recurrence", "mamba-2 and attention"])
+@pytest.mark.parametrize("name", ["llama", "hybrid"])
+def test_a_model_drafts(name: str, drafted: str) -> None:
+    """Every kind of state of the model and of the one that drafts, with samplings of all kinds."""
+    target = of(name)
+    draft = near(target) if name == drafted else of(drafted)
+    asked = repetitive(target.cfg.embed.vocab, 4)
+    plain = Engine(target, memory=1 << 24, **OPTIONS)
+    ahead = cheap(Engine(target, memory=1 << 25, drafter=draft, **OPTIONS))
+    same(answers(ahead, asked), answers(plain, asked))
+    stats = ahead.stats()
+    assert 0 < stats.kept < stats.proposed and stats.new_tokens == plain.stats().new_tokens
+    if name == drafted:
+        assert stats.kept > 0.5 * stats.proposed and stats.steps < plain.stats().steps
+    drafts: Any = ahead._scheduler.drafter
+    pools = [group.pool for group in drafts.store.groups] + [p for p in [drafts.store.slot_pool] if p is not None]
+    assert not drafts._followers and all(pool.available == pool.count for pool in pools)
+
+
+@pytest.mark.parametrize("name", ["llama", "hybrid"])
+def test_the_model_itself_is_always_right(name: str) -> None:
+    """Drawn by the same numbers: hot samplings too, whose guesses of the likeliest token would mostly be wrong."""
+    target = of(name)
+    asked = [
+        Request(prompt=[3, 4, n], sampling=Sampling(temperature=1.5, seed=n, max_tokens=24, stop_ids=()))
+        for n in range(2)
+    ]
+    plain, ahead = Engine(target, memory=1 << 24), cheap(Engine(target, memory=1 << 24, drafter=target))
+    same(answers(ahead, asked), answers(plain, asked))
+    stats = ahead.stats()
+    assert stats.kept >= 0.97 * stats.proposed > 20 and stats.steps < 0.5 * plain.stats().steps
+
+
+@pytest.mark.parametrize("name", ["llama", "hybrid"])
+def test_a_model_drafts_for_those_that_give_way(name: str) -> None:
+    asked = [replace(r, n=1 + (i == 1)) for i, r in enumerate(repetitive(of(name).cfg.embed.vocab, 6))]
+    plain = Engine(of(name), memory=1 << 24, **OPTIONS)
+    want = answers(plain, asked)
+    again = cheap(Engine(of(name), memory=1 << 24, drafter=near(of(name)), **OPTIONS))
+    same(answers(again, asked), want)
+    same(answers(again, asked), want)
+    assert again.stats().cached_tokens > 0
+    longest = max(len(r.prompt) + r.sampling.max_tokens for r in asked)
+    scarce = cheap(tight(of(name), 2 * longest, drafter=near(of(name)), **OPTIONS))
+    same(answers(scarce, asked), want)
+    assert scarce.stats().kept > 0
+
+
+def test_a_model_drafts_within_forms() -> None:
+    words = tokenizer()
+    forms = Forms(words, speaker().cfg.head.vocab, (words.eos_id,))  # type: ignore[arg-type]
+    numbers = {"type": "array", "items": {"enum": [True, False]}, "minItems": 3, "maxItems": 3}
+    asked = [
+        Request(
+            prompt=words.encode("[true,"), sampling=Sampling(seed=n, max_tokens=60), guide=forms.json_schema(numbers)
+        )
+        for n in range(3)
+    ]
+    plain, ahead = (
+        Engine(speaker(), words, memory=1 << 24),
+        cheap(Engine(speaker(), words, memory=1 << 24, drafter=speaker())),
+    )
+    got = answers(ahead, asked)
+    same(got, answers(plain, asked))
+    assert all(len(json.loads(one.text or "")) == 3 for several in got for one in several)
+    assert ahead.stats().kept > 0
+
+
+@pytest.mark.parametrize("mixer", ["attention", "window", "latent", "mamba2"])
+@pytest.mark.parametrize("kind", ["sequential", "independent"])
+def test_own_drafts(kind: str, mixer: str) -> None:
+    target = small(kind, 2, mixer)
+    asked = repetitive(target.cfg.embed.vocab, 4)
+    plain, ahead = (Engine(target, memory=1 << 24, drafter=d, **OPTIONS) for d in (None, "own"))  # type: ignore[arg-type]
+    want = answers(plain, asked)
+    same(answers(ahead, asked), want)
+    same(answers(ahead, asked), want)
+    assert ahead.stats().proposed > 0
+    drafts: Any = ahead._scheduler.drafter
+    assert not drafts._heard and not drafts._draftings
+
+
+@pytest.mark.parametrize("kind", ["sequential", "independent"])
+def test_own_drafts_that_have_learned(kind: str) -> None:
+    target = counting(kind)
+    asked = [Request(prompt=[3, 4, 5], sampling=Sampling(temperature=0, max_tokens=18, stop_ids=()))]
+    engine = Engine(target, memory=1 << 24, drafter="own")
+    assert answers(engine, asked)[0][0].tokens == [(6 + n) % 7 for n in range(18)]
+    assert engine.stats().kept >= 0.8 * engine.stats().proposed and engine.stats().steps < 12
+
+
+def test_who_leaves_a_model_that_drafts_early() -> None:
+    engine = cheap(Engine(model("llama"), memory=1 << 24, drafter=near(model("llama")), **OPTIONS))
+    handles = [engine.submit(r) for r in repetitive(97)]
+    for n in range(6):
+        engine.step()
+        handles[n].cancel()
+    kept = [handle.result()[0].tokens for handle in handles[6:]]
+    plain = Engine(model("llama"), memory=1 << 24, **OPTIONS)
+    assert kept == [a[0].tokens for a in plain.generate(repetitive(97)[6:])] and empty(engine)
+    assert not engine._scheduler.drafter._followers  # type: ignore[union-attr]
+
+
+def test_a_crowd_does_not_speculate() -> None:
+    target = model("llama")
+    asked = [Request(prompt=[n, 3, 4], sampling=Sampling(temperature=0, max_tokens=8)) for n in range(40)]
+    engine = Engine(target, memory=1 << 25, max_batch=40, drafter=target)
+    engine.generate(asked)
+    assert engine.stats().proposed == 0  # it costs as much as it gives
+    engine = Engine(target, memory=1 << 25, max_batch=40, drafter="lookup")
+    engine.generate(asked)
+    assert engine.stats().proposed == 0
+
+
 def test_guesses() -> None:
     lookup = Lookup()
     assert lookup.guess([1, 2, 3, 4], 8) == []
     assert lookup.guess([1, 2, 3, 4, 9, 1, 2], 3) == [3, 4, 9]
     text = [1, 2, 3, 4, 9, 1, 2, 3, 4, 9, 1]
-    lookup.judge(3, 3, len(text))
-    assert lookup.length == 2 * 4 == MOST
     assert lookup.guess(text, 7) == [2, 3, 4, 9, 1, 2, 3]  # round and round
     assert lookup.guess([*text, 5, 5, 5], 2) == [5, 5] and lookup.guess([*text, 5, 5, 5], 0) == []
-    lookup.judge(2, 1, 14)
-    assert lookup.length == 1
-    pauses = []
-    length = 14
+
+
+def test_pace() -> None:
+    alone = Cost().needed(1)
+    pace = Pace()
+    assert pace.ahead(10, alone) == 6  # 0.7 ** 6 > 1 / 9 > 0.7 ** 7
+    for _ in range(30):
+        pace.judge(8, 8, 10)
+    assert pace.ahead(10, alone) == MOST
+    pauses, length = [], 14
     for _ in range(9):
-        lookup.judge(1, 0, length)
+        pace.judge(1, 0, length)
         pause = 0
-        while not lookup.guess([5] * (length + pause), 1):
+        while not pace.ahead(length + pause, alone):
             pause += 1
         pauses.append(pause)
         length += pause
     assert pauses == [1, 2, 4, 8, 16, 32, 64, 64, 64]
+    assert pace.ahead(length, alone) == 1 or pace.rate > alone
+    needed = [Cost().needed(n) for n in (1, 4, 16, 64)]
+    assert needed == sorted(needed) and needed[0] == pytest.approx(1 / 9) and needed[-1] > 0.7
+    assert Cost(guess=0.2).needed(4) == pytest.approx(Cost().needed(4) + 0.2)
+    assert Pace().ahead(10, Cost().needed(64)) == 0
 
 
 def test_what_cannot_be() -> None:
-    with pytest.raises(ValueError, match="drafter is 'model'; the engine can draft by lookup"):
-        Engine(model("llama"), memory=1 << 24, drafter="model")  # type: ignore[arg-type]
+    def engine(drafter: Any) -> Engine:
+        return Engine(model("llama"), memory=1 << 24, drafter=drafter)
+
+    with pytest.raises(ValueError, match="drafter is 'model'; give 'lookup', 'own', a decoder"):
+        engine("model")
+    with pytest.raises(ValueError, match="vocabulary of 50, the model one of 97"):
+        engine(build(LLAMA | {"vocab_size": 50}))
+    with pytest.raises(ValueError, match="in training mode"):
+        engine(near(model("llama")).train())
+    with pytest.raises(ValueError, match="this model has no drafts"):
+        engine("own")

@@ -17,15 +17,19 @@
 `submit` raises ValueError for what cannot be served; a request that fails later raises EngineError where it is awaited.
 A request's tokens depend on its prompt, its sampling and its seed only, whatever else is in the batch, whether its
 beginning was remembered, and however often it had to give way. A `Request` may carry a `guide` (constrained output):
-a factory of objects that say which tokens may come next. `Engine(..., drafter="lookup")` speculates: the same tokens in
-fewer calls of the model, where texts repeat themselves. `Engine(..., adapters=attach(model, {"poet": ...}))` serves
-adapters of one model side by side: `Request(adapter="poet")` (transforms/lora.py).
+a factory of objects that say which tokens may come next.
+
+`Engine(..., drafter=...)` speculates, the same tokens in fewer calls of the model: "lookup" (where texts repeat
+themselves), "own" (the model's modules for further tokens), or a smaller decoder with the same vocabulary; as far as it
+is worth its cost, so in small batches. `Engine(..., adapters=attach(model, {"poet": ...}))` serves adapters of one
+model side by side: `Request(adapter="poet")` (transforms/lora.py).
 """
 
 from ..generate import Answer, Event
 from ..sampling import Sampling
-from .engine import Engine, Stats
+from .engine import Engine
 from .handle import EngineError, Handle
 from .request import Guide, Request
+from .stats import Stats
 
 __all__ = ["Answer", "Engine", "EngineError", "Event", "Guide", "Handle", "Request", "Sampling", "Stats"]

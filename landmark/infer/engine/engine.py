@@ -8,13 +8,12 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ...ctx import Bounds
 from ...models.decoder import Decoder
 from ...transforms.lora import Adapters, check_rows
 from ...weights.tokenizer import Tokenizer
@@ -23,35 +22,17 @@ from ..generate import Answer, Event
 from ..generate import request as writer
 from ..sampling import BROKEN, Row, Sampler
 from ..session import room_after
-from .drafts import Lookup
+from .drafters import drafter_of
+from .forward import forward
 from .handle import Handle, wake
 from .lengths import Lengths
-from .request import Request, Run, Scored, Ticket
+from .request import Request, Run, Ticket
 from .scheduler import Scheduler, Work
+from .scores import best, logprobs, score_prompts
+from .stats import Stats
 from .store import Store
 
 AGE = 10.0  # seconds that one level of priority is worth
-
-
-@dataclass
-class Stats:
-    """Figures since the engine was made; from `running` on, of this moment."""
-
-    steps: int = 0
-    seconds: float = 0.0  # in steps
-    computed_tokens: int = 0
-    cached_tokens: int = 0  # of prompts, found and not computed
-    new_tokens: int = 0
-    finished: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    preempted: int = 0
-    crashes: int = 0
-    proposed: int = 0  # tokens that were guessed and compared with what was drawn
-    kept: int = 0  # those of them that were right
-    running: int = 0
-    waiting: int = 0
-    used: float = 0.0  # share of the blocks (slots, for models without) that sequences hold
 
 
 class Engine:
@@ -68,7 +49,7 @@ class Engine:
         block: int = 32,
         prefixes: bool = True,
         interval: int = 512,
-        drafter: Literal["lookup"] | None = None,
+        drafter: Decoder | Literal["lookup", "own"] | None = None,
         adapters: Adapters | None = None,
     ) -> None:
         if not isinstance(model, Decoder):
@@ -79,9 +60,7 @@ class Engine:
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
-        if drafter not in (None, "lookup"):
-            raise ValueError(f"drafter is {drafter!r}; the engine can draft by lookup, or not at all (None)")
-        self._drafter, self.adapters = drafter, adapters or Adapters()
+        self.adapters = adapters or Adapters()
         check_rows(model, self.adapters)
         self._lengths = lengths = Lengths.of(model)
         if lengths.plain is not None:
@@ -90,18 +69,13 @@ class Engine:
             chunk = max(chunk, model.cfg.context or chunk)  # it reads long texts in one call
         interval = -(-interval // block) * block
 
+        sizes = {"max_batch": max_batch, "block": block, "chunk": chunk, "prefixes": prefixes, "interval": interval}
+
         def begin() -> tuple[Store, Scheduler, Sampler]:
-            store = Store(
-                model,
-                memory=memory,
-                max_batch=max_batch,
-                block=block,
-                chunk=chunk,
-                prefixes=prefixes,
-                interval=interval,
-                lengths=lengths,
-            )
-            return store, Scheduler(store, max_batch=max_batch, chunk=chunk), Sampler(vocab=model.cfg.head.vocab)
+            drafts, rest = drafter_of(drafter, model, memory, **sizes)
+            store = Store(model, memory=rest, lengths=lengths, **sizes)  # type: ignore[arg-type]
+            scheduler = Scheduler(store, max_batch=max_batch, chunk=chunk, drafter=drafts)
+            return store, scheduler, Sampler(vocab=model.cfg.head.vocab)
 
         self._begin = begin  # again after a crash
         self._store, self._scheduler, self._sampler = begin()
@@ -143,8 +117,7 @@ class Engine:
         for n in range(request.candidates):
             own = sampling if sampling.seed is None or n == 0 else replace(sampling, seed=sampling.seed + n)
             row = Row.of(own, prompt, self._sampler.vocab)
-            lookup = Lookup() if self._drafter else None
-            ticket.runs.append(Run(ticket, writer(self.model, n, prompt, own, room, self.tokenizer), row, lookup))
+            ticket.runs.append(Run(ticket, writer(self.model, n, prompt, own, room, self.tokenizer), row))
         handle = Handle(self, ticket)
         with self._lock:
             self._handles[ticket] = handle
@@ -253,28 +226,30 @@ class Engine:
                     self._handles[work.run.ticket].cached = work.run.computed
         guessed = [work for work in works if work.guesses]
         before = self._store.copies([work.run for work in guessed]) if guessed else []
-        hidden, ends = self._forward(works)
+        hidden, trunk, ends = self._forward(works)
         self._stats.computed_tokens += sum(work.count for work in works)
-        for work in works:
+        for work, end in zip(works, ends, strict=True):
             if not work.guesses:
+                self._follow(work.run, hidden, trunk, end + 1 - work.count, work.count)
                 self._store.advance(work.run, work.count)
         speaking = [(work, end - len(work.guesses)) for work, end in zip(works, ends, strict=True) if work.last]
-        self._score_prompts(works, ends, hidden)
+        score_prompts(self.model, works, ends, hidden)
         if guessed:
-            self._compare(speaking, hidden, before)
+            kept = self._compare(speaking, hidden)
+            self._settle([(work, first) for work, first in speaking if work.guesses], kept, hidden, trunk, before)
         elif speaking:
             rows = hidden if len(speaking) == hidden.shape[0] else hidden[torch.tensor([end for _, end in speaking])]
             self._say([work.run for work, _ in speaking], self.model.logits(rows))
 
-    def _compare(self, speaking: list[tuple[Work, int]], hidden: Tensor, before: list[dict[str, Tensor]]) -> None:
+    def _compare(self, speaking: list[tuple[Work, int]], hidden: Tensor) -> dict[Run, int]:
         """Draw tokens of sequences whose first logits come from these rows of hidden [tokens, dim], and more of each
-        as long as they are as guessed. States of a sequence of which something was not as guessed are put back; what
-        was right is read again with what comes next."""
+        as long as they are as guessed -> how many were."""
         places = torch.tensor([first + n for work, first in speaking for n in range(len(work.guesses) + 1)])
         logits = self.model.logits(hidden[places])
         starts = list(itertools.accumulate((len(work.guesses) + 1 for work, _ in speaking), initial=0))
         going, kept = [(work.run, work, start) for (work, _), start in zip(speaking, starts, strict=False)], {}
-        for n in itertools.count():
+        n = 0
+        while True:
             if not self._store.slots:
                 for run, work, _ in going:
                     if work.guesses:
@@ -290,39 +265,45 @@ class Engine:
                         right.append((run, work, start))
             going = right
             if not going:
-                break
-        for n, work in enumerate(work for work, _ in speaking if work.guesses):
-            run, lookup = work.run, work.run.lookup
-            if run.line < 0 or lookup is None:
-                continue  # it is finished
-            lookup.judge(len(work.guesses), kept[run], len(run.tokens))
-            if self._store.slots:
-                if kept[run] == len(work.guesses):
-                    self._store.advance(run, work.count)
-                else:
-                    self._store.put_back(run, before, n)
+                return kept
+            n += 1
 
-    def _forward(self, works: list[Work]) -> tuple[Tensor, list[int]]:
-        """Hidden states [tokens, dim] of the call, and where in it each sequence's last one is."""
-        runs, counts = [work.run for work in works], [work.count for work in works]
-        state = self._store.bind(runs, counts)
-        device = self.model.device
-        with self.adapters.rows((run.ticket.adapter, count) for run, count in zip(runs, counts, strict=True)):
-            if max(counts) == 1:
-                ids = torch.tensor([[run.tokens[run.computed]] for run in runs], device=device)
-                hidden = self.model.hidden(ids, state=state).squeeze(1)
-            else:
-                flat = [t for w in works for t in (*w.run.tokens[w.run.computed :][: w.count], *w.guesses)]
-                ids = torch.tensor([flat], device=device)
-                hidden = self.model.hidden(ids, bounds=Bounds.of_lengths(tuple(counts)), state=state)[0]
-        self._store.commit()
-        return hidden, [end - 1 for end in itertools.accumulate(counts)]
+    def _settle(
+        self, guessed: list[tuple[Work, int]], kept: dict[Run, int], hidden: Tensor, trunk: Tensor | None,
+        before: list[dict[str, Tensor]],
+    ) -> None:  # fmt: skip
+        """After guesses: states of a sequence of which something was not as guessed are put back; what was right is
+        read again with what comes next."""
+        for n, (work, first) in enumerate(guessed):
+            run = work.run
+            if run.line < 0:
+                continue  # it is finished
+            run.pace.judge(len(work.guesses), kept[run], len(run.tokens))
+            if self._store.slots and kept[run] < len(work.guesses):
+                self._store.put_back(run, before, n)
+                continue
+            self._follow(run, hidden, trunk, first, kept[run] + 1)
+            if self._store.slots:
+                self._store.advance(run, work.count)
+
+    def _follow(self, run: Run, hidden: Tensor, trunk: Tensor | None, first: int, count: int) -> None:
+        """Tell the drafter what was read and stays."""
+        if trunk is not None and self._scheduler.drafter is not None:
+            self._scheduler.drafter.read(run, hidden[first : first + count], trunk[first : first + count])
+
+    def _forward(self, works: list[Work]) -> tuple[Tensor, Tensor | None, list[int]]:
+        """As `forward`, each sequence by its own adapter."""
+        drafter = self._scheduler.drafter
+        runs = [work.run for work in works]
+        fresh = [(*work.run.tokens[work.run.computed :][: work.count], *work.guesses) for work in works]
+        with self.adapters.rows((work.run.ticket.adapter, work.count) for work in works):
+            return forward(self.model, self._store, runs, fresh, trunk=drafter is not None and drafter.follows)
 
     def _say(self, runs: list[Run], logits: Tensor) -> None:
         """Draw the next token of these sequences from logits [runs, vocab], and pass it on."""
         self._sampler.arrange([run.row for run in runs])
         tokens = self._sampler.sample(self._guided(runs, logits))
-        chosen, likeliest = self._logprobs(runs, tokens, logits)
+        chosen, likeliest = logprobs(self._sampler, runs, tokens, logits)
         arrived: dict[Ticket, list[Event]] = {}
         for n, (run, token) in enumerate(zip(runs, tokens, strict=True)):
             ticket = run.ticket
@@ -357,40 +338,6 @@ class Engine:
                 logits[n].masked_fill_(~allowed, -math.inf)
         return logits
 
-    def _logprobs(
-        self, runs: list[Run], tokens: list[int], logits: Tensor
-    ) -> tuple[dict[int, float], dict[int, tuple[Scored, ...]]]:
-        """By row: the log-probability of the chosen token, and the likeliest tokens with theirs."""
-        chosen: dict[int, float] = {}
-        likeliest: dict[int, tuple[Scored, ...]] = {}
-        for which in ("model", "sampled"):
-            rows = [n for n, run in enumerate(runs) if _wanted(run.ticket.request) == which]
-            if not rows:
-                continue
-            table = self._sampler.log_distribution(logits, rows, which)
-            picked = torch.tensor([min(tokens[n], table.shape[1] - 1) for n in rows], device=table.device)
-            chosen |= zip(rows, table.gather(1, picked[:, None]).squeeze(1).tolist(), strict=True)
-            tops = [runs[n].ticket.request.top for n in rows]
-            likeliest |= zip(rows, _top(table, tops), strict=True)
-        return chosen, likeliest
-
-    def _score_prompts(self, works: list[Work], ends: list[int], hidden: Tensor) -> None:
-        """Log-probabilities of those tokens of prompts that the call's tokens foretell."""
-        for work, end in zip(works, ends, strict=True):
-            run, ticket = work.run, work.run.ticket
-            if not ticket.scoring:
-                continue
-            first = run.computed - work.count
-            foretold = ticket.request.prompt[first + 1 : run.computed + 1]
-            skip = len(ticket.scored) - first  # a sequence that begins again has some of them
-            if skip < 0 or not foretold[skip:]:
-                continue
-            start = end + 1 - work.count + skip
-            table = self.model.logits(hidden[start : start + len(foretold) - skip]).float().log_softmax(1)
-            own = table.gather(1, torch.tensor(foretold[skip:], device=table.device)[:, None]).squeeze(1).tolist()
-            tops = _top(table, [ticket.request.prompt_logprobs or 0] * len(own))
-            ticket.scored += [((t, p), top) for t, p, top in zip(foretold[skip:], own, tops, strict=True)]
-
     # -- what becomes of requests ----------------------------------------------------------------------------------
 
     def _deliver(self, arrived: dict[Ticket, list[Event]]) -> None:
@@ -399,7 +346,7 @@ class Engine:
             if ticket.closed:
                 continue
             if ticket.request.candidates > ticket.request.n:
-                events = _best(ticket, events)
+                events = best(ticket, events)
             done = ticket.unfinished == 0
             if done:
                 self._stats.finished += 1
@@ -450,30 +397,3 @@ class Engine:
             self._stats, preempted=self._stats.preempted + self._scheduler.preempted, used=used,
             running=len(self._scheduler.running), waiting=self._scheduler.waiting + len(self._inbox),
         )  # fmt: skip
-
-
-def _wanted(request: Request) -> str | None:
-    return "model" if request.logprobs is None and request.candidates > request.n else request.logprobs
-
-
-def _top(table: Tensor, counts: list[int]) -> list[tuple[Scored, ...]]:
-    """The likeliest tokens of each row, by rows' counts."""
-    if not any(counts):
-        return [()] * len(counts)
-    values, ids = table.topk(min(max(counts), table.shape[1]), 1)
-    rows = zip(ids.tolist(), values.tolist(), counts, strict=True)
-    return [tuple(zip(i[:n], v[:n], strict=True)) for i, v, n in rows]
-
-
-def _best(ticket: Ticket, events: list[Event]) -> list[Event]:
-    """Nothing until all candidates are finished; then the events of the likeliest ones (per token), the best first."""
-    for event in events:
-        ticket.runs[event.index].events.append(event)
-    if ticket.unfinished:
-        return []
-
-    def likelihood(run: Run) -> float:
-        return sum(event.logprob or 0.0 for event in run.events) / len(run.events)
-
-    best = sorted(ticket.runs, key=likelihood, reverse=True)[: ticket.request.n]
-    return [replace(event, index=n) for n, run in enumerate(best) for event in run.events]

@@ -13,7 +13,7 @@ from ...models.decoder import Decoder
 from ...nn.attention import Attention
 from ...nn.rope_scaling import DynamicNTKRope, LongRoPE
 from ..session import turning_lengths
-from .request import Run
+from .request import Held
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Lengths:
             return cls(None, frozenset())
         return cls(min(originals, default=None), frozenset(turns))
 
-    def depends(self, run: Run) -> bool:
+    def depends(self, run: Held) -> bool:
         """Whether what a text leaves in the state depends on how it is read."""
         return self.plain is not None and len(run.tokens) > self.plain
 
-    def whole(self, run: Run) -> int | None:
+    def whole(self, run: Held) -> int | None:
         """How much of a text has to be read in the next call; None: as much as one likes."""
         if not self.depends(run):
             return None

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..generate import Event
 from ..generate import Request as Writer
 from ..sampling import Logprobs, Row, Sampling
-from .drafts import Lookup
+from .pace import Pace
 from .radix import Node
 
 MOST = 128  # answers to one request
@@ -88,21 +88,16 @@ class Ticket:
         return self.request.prompt_logprobs is not None and len(self.scored) < len(self.request.prompt) - 1
 
 
-class Run:
-    """One answer in the making: the prompt and what was said, and what the engine holds for it.
+class Held:
+    """A text, and what a store holds for it.
 
     `tokens`, of which `computed` are in the state. `tables` are its blocks, a list a group of layers, without the first
-    `gone` of them; `line` is where they stand in the engine's tables; `slot` is where its state a sequence is. `node`
-    is what the prefix tree knows of its first `depth` blocks. `lookup` guesses what comes next, if anything does.
+    `gone` of them; `line` is where they stand in the store's tables; `slot` is where its state a sequence is. `node` is
+    what the prefix tree knows of its first `depth` blocks.
     """
 
-    def __init__(self, ticket: Ticket, writer: Writer, row: Row, lookup: Lookup | None = None) -> None:
-        self.ticket, self.writer, self.row, self.lookup = ticket, writer, row, lookup
-        self.tokens = list(ticket.request.prompt)
-        self.guide = None if ticket.request.guide is None else ticket.request.guide()
-        self.events: list[Event] = []  # held back until the best answers are known
-        self.urgency = (*ticket.key, writer.index)  # smaller goes first
-        self.begun = False  # it has been taken up once
+    def __init__(self, ticket: Ticket, tokens: list[int]) -> None:
+        self.ticket, self.tokens = ticket, tokens
         self.computed = 0
         self.line = self.slot = -1
         self.tables: list[list[int]] = []
@@ -115,3 +110,15 @@ class Run:
     @property
     def pending(self) -> int:
         return len(self.tokens) - self.computed
+
+
+class Run(Held):
+    """One answer in the making: the prompt and what was said; `pace` tells how far it is guessed ahead."""
+
+    def __init__(self, ticket: Ticket, writer: Writer, row: Row) -> None:
+        super().__init__(ticket, list(ticket.request.prompt))
+        self.writer, self.row, self.pace = writer, row, Pace()
+        self.guide = None if ticket.request.guide is None else ticket.request.guide()
+        self.events: list[Event] = []  # held back until the best answers are known
+        self.urgency = (*ticket.key, writer.index)  # smaller goes first
+        self.begun = False  # it has been taken up once

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from .drafts import Drafter
+from .pace import BALANCE, Cost
 from .request import Run
 from .store import Store
 
@@ -25,8 +27,10 @@ class Work:
 class Scheduler:
     """Waiting sequences and running ones, in the order of their urgency. `preempted` counts those that gave way."""
 
-    def __init__(self, store: Store, *, max_batch: int, chunk: int) -> None:
-        self.store, self.max_batch, self.chunk = store, max_batch, chunk
+    def __init__(self, store: Store, *, max_batch: int, chunk: int, drafter: Drafter | None = None) -> None:
+        self.store, self.max_batch, self.chunk, self.drafter = store, max_batch, chunk, drafter
+        balance = BALANCE.get(store.device.type, BALANCE["cuda"])
+        self._cost = None if drafter is None else Cost(drafter.cost, balance)
         self.running: list[Run] = []
         self._waiting: list[tuple[tuple[float, int, int], Run]] = []
         self.preempted = 0
@@ -50,7 +54,12 @@ class Scheduler:
     def finish(self, run: Run) -> None:
         """It leaves; what it held is free."""
         self.running.remove(run)
+        self._release(run)
+
+    def _release(self, run: Run) -> None:
         self.store.release(run)
+        if self.drafter is not None:
+            self.drafter.leave(run)
 
     def again(self, run: Run) -> None:
         """A running sequence is to be read anew, from its first token."""
@@ -78,9 +87,8 @@ class Scheduler:
             if not self._make_room(run, run.computed + count):
                 continue
             budget -= count if run.pending > 1 else 0
-            guesses = self._guesses(run) if run.lookup is not None and run.pending == 1 else ()
-            works.append(Work(run, count + len(guesses), run.computed + count == len(run.tokens), guesses))
-        works += self._admit(budget)
+            works.append(Work(run, count, run.computed + count == len(run.tokens)))
+        works = self._guessed(works) + self._admit(budget)
         works.sort(key=lambda work: (work.count > 1, work.run.ticket.adapter))
         return works
 
@@ -89,19 +97,34 @@ class Scheduler:
             return 1
         return self.store.stop_before(run, min(run.pending, budget))
 
-    def _guesses(self, run: Run) -> Sequence[int]:
-        """What is worth reading after the sequence's last token; nobody gives way for it."""
-        assert run.lookup is not None
-        most = min(self.chunk, run.writer.room) - 1
-        guesses = run.lookup.guess(run.tokens, most)
-        guesses = guesses[: self.store.stop_before(run, 1 + len(guesses)) - 1]
-        return guesses if self.store.reserve(run, len(run.tokens) + len(guesses)) else ()
+    def _guessed(self, works: list[Work]) -> list[Work]:
+        """The same with what is worth reading after sequences' last tokens; nobody gives way for it."""
+        if self.drafter is None or self._cost is None:
+            return works
+        asked: dict[int, int] = {}
+        needed = self._cost.needed(max(1, len(works)))
+        for n, work in enumerate(works):
+            run = work.run
+            if run.pending == 1:
+                most = min(run.pace.ahead(len(run.tokens), needed), self.chunk - 1, run.writer.room - 1)
+                most = min(most, self.store.stop_before(run, 1 + most) - 1)
+                if most > 0:
+                    asked[n] = most
+        if not asked:
+            return works
+        for n, guesses in zip(
+            asked, self.drafter.guess([(works[n].run, most) for n, most in asked.items()]), strict=True
+        ):
+            run = works[n].run
+            if guesses and self.store.reserve(run, len(run.tokens) + len(guesses)):
+                works[n] = replace(works[n], count=1 + len(guesses), guesses=guesses)
+        return works
 
     def _make_room(self, run: Run, length: int) -> bool:
         """Blocks for `length` tokens of a running sequence; the least urgent ones give theirs, itself if it is one."""
         while not self.store.reserve(run, length):
             last = self.running.pop()
-            self.store.release(last)
+            self._release(last)
             self.add(last)
             self.preempted += 1
             if last is run:

@@ -24,7 +24,7 @@ from ...ops.attention.pages import Pages
 from .lengths import Lengths
 from .pool import Pool
 from .radix import PrefixTree
-from .request import Run
+from .request import Held
 
 UNLIMITED = 1 << 40  # a capacity for models without an end to their context
 SNAPSHOTS = 16  # slots for copies of states, at most so many for each one that runs
@@ -120,7 +120,7 @@ class Store:
 
     # -- what sequences hold ---------------------------------------------------------------------------------------
 
-    def admit(self, run: Run) -> bool:
+    def admit(self, run: Held) -> bool:
         """Give a sequence what it needs to begin, after the longest beginning that is remembered; False: no room."""
         if not self._lines or (self.slot_pool is not None and not self.slot_pool.available):
             return False
@@ -154,7 +154,7 @@ class Store:
                 self.slot_pool.release(source)
         return True
 
-    def reserve(self, run: Run, length: int) -> bool:
+    def reserve(self, run: Held, length: int) -> bool:
         """Blocks for the first `length` tokens of a sequence; False, and nothing is taken, if there are too few."""
         if length <= run.covered:
             return True
@@ -170,7 +170,7 @@ class Store:
         run.covered = -(-length // self.block) * self.block
         return True
 
-    def _lacking(self, run: Run, g: int, length: int) -> int:
+    def _lacking(self, run: Held, g: int, length: int) -> int:
         """Blocks that a group has yet to give for `length` tokens; through a window, not all of them at once."""
         group = self.groups[g]
         wanted = -(-length // self.block) - run.gone[g]
@@ -178,7 +178,7 @@ class Store:
             wanted = min(wanted, group.tables.shape[1])
         return max(0, wanted - len(run.tables[g]))
 
-    def release(self, run: Run) -> None:
+    def release(self, run: Held) -> None:
         """Take back all that a sequence holds; it may begin again."""
         self._let_go(run)
         if self.slot_pool is not None:
@@ -187,7 +187,7 @@ class Store:
         run.line = run.slot = -1
         run.node, run.depth = None, 0
 
-    def _let_go(self, run: Run) -> None:
+    def _let_go(self, run: Held) -> None:
         for table, group in zip(run.tables, self.groups, strict=True):
             for number in reversed(table):  # texts are forgotten from their ends
                 group.pool.release(number)
@@ -195,7 +195,7 @@ class Store:
 
     # -- one call of the model -------------------------------------------------------------------------------------
 
-    def bind(self, runs: Sequence[Run], counts: Sequence[int]) -> State:
+    def bind(self, runs: Sequence[Held], counts: Sequence[int]) -> State:
         """The state in which sequence i is runs[i], which `counts[i]` tokens will extend."""
         lengths = [run.computed for run in runs]
         lines, new = np.array([run.line for run in runs]), np.array(counts)
@@ -226,7 +226,7 @@ class Store:
         for slots, tensors in left:
             slots.write(self._bound, tensors)
 
-    def advance(self, run: Run, n: int) -> None:
+    def advance(self, run: Held, n: int) -> None:
         """`n` tokens of what was computed stay: remember them, give back what has fallen out of windows."""
         run.computed += n
         if self.prefixes and not self.lengths.depends(run):
@@ -235,18 +235,18 @@ class Store:
             if not group.sees.everything:
                 self._pass_by(run, g, group)
 
-    def copies(self, runs: Sequence[Run]) -> list[dict[str, Tensor]]:
+    def copies(self, runs: Sequence[Held]) -> list[dict[str, Tensor]]:
         """What is in the slots of some sequences, before a call that may have to be taken back."""
         numbers = torch.tensor([run.slot for run in runs], device=self.device)
         return [{name: x[numbers] for name, x in slots.all.items()} for slots in self.slots]
 
-    def put_back(self, run: Run, copies: Sequence[Mapping[str, Tensor]], n: int) -> None:
+    def put_back(self, run: Held, copies: Sequence[Mapping[str, Tensor]], n: int) -> None:
         """A sequence's slot as it was: number `n` of `copies`."""
         for slots, tensors in zip(self.slots, copies, strict=True):
             for name, x in tensors.items():
                 slots.all[name][run.slot] = x[n]
 
-    def _pass_by(self, run: Run, g: int, group: Group) -> None:
+    def _pass_by(self, run: Held, g: int, group: Group) -> None:
         past = group.sees.first(run.computed) // self.block - run.gone[g]
         if past > 0:
             for number in reversed(run.tables[g][:past]):
@@ -255,7 +255,7 @@ class Store:
             run.gone[g] += past
             group.tables[run.line, : len(run.tables[g])] = run.tables[g]
 
-    def _remember(self, run: Run) -> None:
+    def _remember(self, run: Held) -> None:
         """Put whole blocks into the tree, and a copy of the state where one is worth it."""
         depth, left = divmod(run.computed, self.block)
         keep = self.slot_pool is not None and not left and self._worth(run)
@@ -273,7 +273,7 @@ class Store:
         if keep and self.slot_pool is not None:
             self._copy_state(run, self.slot_pool)
 
-    def _copy_state(self, run: Run, pool: Pool) -> None:
+    def _copy_state(self, run: Held, pool: Pool) -> None:
         node = run.node
         assert node is not None
         if pool in node.held:
@@ -286,14 +286,14 @@ class Store:
                 node.keep(pool, number)
             pool.release(number)
 
-    def _worth(self, run: Run) -> bool:
+    def _worth(self, run: Held) -> bool:
         return run.computed % self.interval == 0 or run.computed in (run.branch, self._last(run))
 
-    def _last(self, run: Run) -> int:
+    def _last(self, run: Held) -> int:
         """The end of the last whole block that all prompts with this one's beginning can start after."""
         return (len(run.ticket.request.prompt) - 1) // self.block * self.block
 
-    def stop_before(self, run: Run, n: int) -> int:
+    def stop_before(self, run: Held, n: int) -> int:
         """How many of `n` tokens to read at once, so that states can be kept where they are worth it; 0: not these."""
         if (whole := self.lengths.whole(run)) is not None:
             return whole if whole <= n else 0
