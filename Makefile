@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow soak bench lint env clean
+.PHONY: quickstart test test-slow soak bench bench-rivals lint env clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.ready: pyproject.toml constraints.txt
