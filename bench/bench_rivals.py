@@ -18,8 +18,8 @@ bf16/bf16          16 / 16 in all; keys and values are bfloat16 in ours and tran
 int8/q8_0          8.5 / 8.5 in both: 8 bits, and a float16 scale for 32 of them
 int4-all/q4_0-all  4.5 / 4.5 in both: 4 bits, and a float16 scale for 32 of them
 int4/q4_0          4.5 / 8.5 in ours, 4.5 / 6.6 (Q6_K) in llama.cpp: what either does where it is not told
-OpenVINO's GenAI reads llama.cpp's files: 16 bits as float16, 8 as 8.75 and 4 as 4.6, since it adds a zero point to a
-group, and keeps keys and values as its runtime likes.
+OpenVINO's GenAI reads llama.cpp's files: 16 bits as float16, 8 as 8.75 and 4 as 4.6, since it adds a zero point to each
+group; its runtime keeps keys and values in 8 bits, and rounds activations too where weights are coded.
 
 Rivals without an interpreter are left out, with a line that says so. --install DIR makes the interpreters: a virtual
 environment each, llama.cpp built from source for this processor (some minutes); a later run with that DIR finds them.
