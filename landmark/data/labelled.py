@@ -110,14 +110,14 @@ class LabelledBatches(Iterator[LabelledBatch]):
         n = self._together
         if len(found) % n:
             raise ValueError(f"{len(found)} examples are no whole groups of {n}")
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(found) // n)
-        self._order = [found[n * i : n * (i + 1)] for i in order]
+        self._found, self._order = found, np.random.default_rng([self._seed, epoch]).permutation(len(found) // n)
 
     def __next__(self) -> LabelledBatch:
         taken: list[Sequence[Example]] = []
         while len(taken) < self._rows and (self._epochs is None or self._epoch < self._epochs):
             part = self._order[self._used : self._used + self._rows - len(taken)]
-            taken += part
+            n = self._together
+            taken += [self._found[n * i : n * (i + 1)] for i in part.tolist()]
             self._used += len(part)
             if self._used == len(self._order):
                 self._load(self._epoch + 1, 0)

@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 from typer.testing import CliRunner
 
 import landmark
@@ -258,6 +260,16 @@ def test_a_run_goes_on_with_the_same_rows_only(tmp_path: Path) -> None:
     assert train(made, resume=True).step == 3
 
 
+def test_rows_of_parquet_train_as_those_of_json_lines(tmp_path: Path) -> None:
+    lines = str(write(tmp_path / "rows.jsonl", REVIEWS))
+    parquet.write_table(pa.Table.from_pylist(REVIEWS), tmp_path / "rows.parquet")
+    batches = [
+        begin(config(tmp_path / name, corpus, "SequenceClassification"))[2]
+        for name, corpus in (("a", lines), ("b", str(tmp_path / "rows.parquet")))
+    ]
+    assert torch.equal(batches[0].tokens, batches[1].tokens) and torch.equal(batches[0].labels, batches[1].labels)
+
+
 def test_nothing_that_is_held_out_is_trained_on(tmp_path: Path) -> None:
     corpus = str(write(tmp_path / "rows.jsonl", [*REVIEWS, *REVIEWS]))
     prepared, _, _ = begin(config(tmp_path / "out", corpus, "SequenceClassification"))
@@ -338,7 +350,7 @@ def test_objectives_and_models_that_do_not_fit(tmp_path: Path, objective: Any, m
 
 
 def test_labels_need_text_of_their_own(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the embedded corpus has no labels; name files of JSON lines"):
+    with pytest.raises(ValueError, match="the embedded corpus has no labels; name files of JSON lines or Parquet"):
         begin(config(tmp_path / "out", "embedded", "SequenceClassification"))
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from ...data.labelled import Example
+from ...data.rows import Row
 from ...models.base import Model
 from ...models.encoder import Encoder, for_task
 from ...objectives import classification
-from .labelled import Labelled, LabelledConfig, Row
+from .labelled import Labelled, LabelledConfig
 
 if TYPE_CHECKING:
     from ..prepare import Prepared
@@ -49,7 +51,7 @@ class Choices(Labelled[MultipleChoice]):
     def together(self) -> int:
         return self.objective.choices
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         return SCORE
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...data.batches import IGNORE
 from ...data.labelled import Example
+from ...data.rows import Row
 from ...models.base import Model
 from ...models.decoder import Decoder
 from ...models.encoder import Encoder, with_heads
@@ -16,7 +17,7 @@ from ...weights.tokenizer import Tokenizer
 from ...weights.tokenizer_train import Kind
 from .base import ObjectiveConfig
 from .causal import SMALL
-from .labelled import Labelled, LabelledConfig, Row
+from .labelled import Labelled, LabelledConfig
 from .sequences import label_name
 
 if TYPE_CHECKING:

@@ -1,19 +1,19 @@
-"""Labelled examples for fine-tuning: rows of JSON lines, and what all objectives on them have in common."""
+"""Labelled examples for fine-tuning: rows of JSON lines or Parquet, and what all objectives on them share."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
+
 from ...config import nearest
-from ...data.corpora import find_files
 from ...data.labelled import Example, LabelledBatch, LabelledBatches
+from ...data.rows import Row, Rows
 from ...models.base import Model
 from ...models.encoder import Encoder, for_task
 from ...nn.heads import SequenceHead, TokenHead
@@ -24,53 +24,6 @@ from .. import loop
 from .base import ObjectiveConfig, Pipeline, SameData
 from .frames import Framer, train_framed, untyped
 from .masked import SMALL
-
-
-@dataclass(frozen=True)
-class Row:
-    """One JSON object, and the file and line where it stands."""
-
-    values: Mapping[str, Any]
-    where: str
-
-    def __getitem__(self, field: str) -> Any:
-        """Raises ValueError, naming file and line, where it is absent or null."""
-        value = self.values.get(field)
-        if value is None:
-            known = ", ".join(map(repr, self.values))
-            raise ValueError(f"{self.where} has no {field!r}{nearest(field, self.values)}; it has {known or 'nothing'}")
-        return value
-
-    def text(self, field: str) -> str:
-        value = self[field]
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{self.where}: {field!r} is {value!r}; it must be a text that is not empty")
-        return value
-
-    def label(self, field: str) -> Any:
-        if self.values.get(field) is None:
-            raise ValueError(f"{self.where} has no label; give it {field!r}, or name its field in [objective]")
-        return self.values[field]
-
-
-def read_rows(paths: Sequence[str]) -> list[Row]:
-    """All rows of files, folders and patterns, perhaps .gz. Raises ValueError for what is not JSON lines."""
-    rows = []
-    for path in find_files(paths).values():
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                where = f"{path}, line {number}"
-                if line.strip():
-                    try:
-                        values = json.loads(line)
-                    except ValueError as error:
-                        raise ValueError(f"{where} is not JSON ({error}); write one JSON object a line") from None
-                    if not isinstance(values, dict):
-                        raise ValueError(f"{where} is no JSON object; write for instance {{'text': ..., 'label': ...}}")
-                    rows.append(Row(values, where))
-    if not rows:
-        raise ValueError(f"{', '.join(paths)} holds no rows; write one JSON object a line")
-    return rows
 
 
 class LabelledConfig(ObjectiveConfig, ABC, abstract=True):
@@ -92,43 +45,61 @@ class LabelledConfig(ObjectiveConfig, ABC, abstract=True):
         return train_framed(kind, texts, vocab_size)
 
 
+class Examples(Sequence[Example]):
+    """What `make` makes of rows, `each` examples of one, when it is asked for."""
+
+    def __init__(self, rows: Rows, make: Callable[[Row], list[Example]], each: int) -> None:
+        self.rows, self.make, self.each = rows, make, each
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.each
+
+    def __getitem__(self, i: Any) -> Any:
+        if not isinstance(i, slice):
+            return self[i : i + 1][0]
+        first, last, _ = i.indices(len(self))
+        found = [
+            example for n in range(first // self.each, -(-last // self.each)) for example in self.make(self.rows[n])
+        ]
+        return found[first % self.each :][: last - first]
+
+
 L_co = TypeVar("L_co", bound=LabelledConfig, covariant=True)
 
 
 class Labelled(Pipeline[L_co]):
-    """Rows, each an example, or `together` of them, all in memory."""
+    """Rows, each an example, or `together` of them, made anew whenever a batch needs them."""
 
     @property
     def together(self) -> int:
         return 1
 
     @cached_property
-    def parts(self) -> dict[str, list[Row]]:
+    def parts(self) -> dict[str, Rows]:
         """Rows to train on and those that are held out: the ones whose content has the lowest hashes."""
         d = self.data
         if len({config.weight for config in d.corpora}) > 1:
             raise ValueError("all labelled rows are read alike; leave the weights of data.mixture out")
-        rows = [row for config in d.corpora for row in read_rows(paths(config.corpus))]
+        rows = Rows.read([path for config in d.corpora for path in paths(config.corpus)])
         if isinstance(d.held_out, str):
-            return {"train": rows, "held-out": read_rows(paths(d.held_out))}
-        ranked = sorted(rows, key=content)
+            return {"train": rows, "held-out": Rows.read(paths(d.held_out))}
         held = max(1, round(d.held_out * len(rows))) if d.held_out else 0
         if held >= len(rows):
             raise ValueError(f"of {len(rows)} rows none is left to train on; give more, or set data.held_out to 0")
-        lowest = {content(row) for row in ranked[:held]}  # the same row twice lies in one part
-        train = [row for row in rows if content(row) not in lowest]
-        return {"train": train, "held-out": [row for row in rows if content(row) in lowest]}
+        chosen = np.zeros(len(rows), dtype=bool)
+        if held:
+            chosen = rows.digests <= np.partition(rows.digests, held - 1)[held - 1]  # equal rows lie in one part
+        return {"train": rows.where(~chosen), "held-out": rows.where(chosen)}
 
     @property
-    def rows(self) -> list[Row]:
-        return self.parts["train"] + self.parts["held-out"]
+    def rows(self) -> Iterator[Row]:
+        return chain(self.parts["train"], self.parts["held-out"])
 
     @cached_property
     def fingerprint(self) -> list[Any]:
-        digests = [hashlib.sha256("".join(map(content, rows)).encode()) for rows in self.parts.values()]
-        return [digest.hexdigest()[:16] for digest in digests]
+        return [hashlib.sha256(rows.digests.tobytes()).hexdigest()[:16] for rows in self.parts.values()]
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """All labels, in order."""
         found = {name for row in self.rows for name in self.names_in(row)}
@@ -176,9 +147,13 @@ class Labelled(Pipeline[L_co]):
             pad = self.prepared.tokenizer.pad_id or 0
             yield from LabelledBatches(examples, self.data.rows, pad=pad, epochs=1, together=self.together)
 
-    def examples(self, part: str, model: Model) -> list[Example]:
+    def examples(self, part: str, model: Model) -> Examples:
+        """Raises ValueError for rows that are no examples."""
         index = self.index(model)
-        return untyped([example for row in self.parts[part] for example in self.of_row(row, index)], model)
+        made = Examples(self.parts[part], lambda row: untyped(self.of_row(row, index), model), self.together)
+        for row in made.rows:
+            made.make(row)
+        return made
 
     @abstractmethod
     def names_in(self, row: Row) -> Iterable[str]:
@@ -191,10 +166,5 @@ class Labelled(Pipeline[L_co]):
 
 def paths(corpus: str | tuple[str, ...]) -> list[str]:
     if corpus == "embedded":
-        raise ValueError("the embedded corpus has no labels; name files of JSON lines in data.corpus")
+        raise ValueError("the embedded corpus has no labels; name files of JSON lines or Parquet in data.corpus")
     return [corpus] if isinstance(corpus, str) else list(corpus)
-
-
-def content(row: Row) -> str:
-    text = json.dumps(row.values, sort_keys=True)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

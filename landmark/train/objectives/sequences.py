@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...data.labelled import Example
+from ...data.rows import Row
 from ...models.base import Model
 from ...models.encoder import Encoder, for_task
 from ...objectives import classification
 from ...objectives.classification import ProblemType
-from .labelled import Labelled, LabelledConfig, Row
+from .labelled import Labelled, LabelledConfig
 
 if TYPE_CHECKING:
     from ..prepare import Prepared

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from ...data.batches import IGNORE
 from ...data.labelled import Example
+from ...data.rows import Row
 from ...models.base import Model
 from ...models.encoder import Encoder, for_task
 from ...objectives import classification
-from .labelled import Labelled, LabelledConfig, Row
+from .labelled import Labelled, LabelledConfig
 
 if TYPE_CHECKING:
     from ..prepare import Prepared
@@ -52,7 +54,7 @@ class Spans(Labelled[SpanExtraction]):
     def names_in(self, row: Row) -> Iterable[str]:
         return ENDS
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         return ENDS
 

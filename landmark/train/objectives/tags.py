@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ...data.batches import IGNORE
 from ...data.labelled import Example
+from ...data.rows import Row
 from ...objectives import classification
-from .labelled import Labelled, LabelledConfig, Row
+from .labelled import Labelled, LabelledConfig
 
 if TYPE_CHECKING:
     from ..prepare import Prepared
