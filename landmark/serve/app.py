@@ -21,6 +21,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, ValidationError
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
 from ..config import nearest
@@ -30,7 +31,7 @@ from .answers import ChatChoice, TextChoice, gather, head, include_usage, merge_
 from .errors import ApiError, bad
 from .limits import Gate, Limits
 from .memory import keep_trim
-from .metrics import Metrics
+from .metrics import Counted, Metrics
 from .schema import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from .served import Served, ServedEncoder, decoder, find
 
@@ -132,7 +133,7 @@ class Server:
                 if include_usage(body):
                     yield {**shared, "choices": [], "usage": usage(handles, _said(choices))}
 
-            return _stream(pieces())
+            return _stream(pieces(), handles)
         parts: list[list[dict[str, Any]]] = [[] for _ in choices]
 
         async def collect() -> None:
@@ -165,7 +166,7 @@ class Server:
                 if include_usage(body):
                     yield {**shared, "choices": [], "usage": usage(handles, _said(choices))}
 
-            return _stream(pieces())
+            return _stream(pieces(), handles)
 
         async def collect() -> None:
             async for _, event in self.events(served, handles):
@@ -260,6 +261,7 @@ def create_app(models: Sequence[Served | ServedEncoder], limits: Limits = Limits
     app = FastAPI(title="Landmark", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = server
     app.add_middleware(Gate, limits=limits)
+    app.add_middleware(Counted, metrics=server.metrics)
 
     @app.post("/v1/chat/completions", responses=RESPONSES)
     async def chat(body: ChatRequest, request: Request) -> Response:
@@ -357,13 +359,6 @@ def _handle_errors(app: FastAPI, server: Server) -> None:
     async def failed(request: Request, error: Exception) -> JSONResponse:
         return answer(request, ApiError(500, f"the server failed: {type(error).__name__}", code="internal_error"))
 
-    @app.middleware("http")
-    async def count(request: Request, call_next: Any) -> Response:
-        response: Response = await call_next(request)
-        route = request.scope.get("route")
-        server.metrics.requests.labels(getattr(route, "path", "other"), str(response.status_code)).inc()
-        return response
-
 
 def explain(error: RequestValidationError | ValidationError) -> ApiError:
     """The first thing that is wrong, in one line that names the field."""
@@ -392,7 +387,7 @@ def _said(choices: Sequence[TextChoice | ChatChoice]) -> int:
     return sum(len(choice.tokens) for choice in choices)
 
 
-def _stream(pieces: AsyncIterator[dict[str, Any]]) -> StreamingResponse:
+def _stream(pieces: AsyncIterator[dict[str, Any]], handles: Sequence[Handle]) -> StreamingResponse:
     async def lines() -> AsyncIterator[bytes]:
         try:
             async for piece in pieces:
@@ -404,7 +399,13 @@ def _stream(pieces: AsyncIterator[dict[str, Any]]) -> StreamingResponse:
             await pieces.aclose()  # type: ignore[attr-defined]
         yield b"data: [DONE]\n\n"
 
-    return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    async def end() -> None:  # where the client has left before the first piece, nothing else does
+        for handle in handles:
+            if not handle.done:
+                handle.cancel()
+
+    headers = {"Cache-Control": "no-cache"}
+    return StreamingResponse(lines(), media_type="text/event-stream", headers=headers, background=BackgroundTask(end))
 
 
 async def _unless_gone(request: Request, work: Awaitable[T]) -> T:

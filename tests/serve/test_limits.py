@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import socket
 import threading
 import time
@@ -103,6 +105,22 @@ def _leave_stream(url: str) -> None:
         for _ in zip(range(3), answer.iter_lines(), strict=False):
             pass
     raise httpx.ReadTimeout("left")
+
+
+def test_a_client_that_has_left_before_the_stream_begins() -> None:
+    with live([served()]) as running:
+        asked = [{"type": "http.request", "body": json.dumps({**ASK, "max_tokens": 500, "stream": True}).encode()}]
+
+        async def receive() -> dict[str, Any]:
+            return asked.pop() if asked else {"type": "http.disconnect"}
+
+        async def send(_: Any) -> None:
+            pass
+
+        scope = {"type": "http", "asgi": {"spec_version": "2.3"}, "method": "POST", "path": "/v1/completions"}
+        scope |= {"headers": [(b"content-type", b"application/json")], "query_string": b"", "root_path": ""}
+        asyncio.run(running.server.config.app(scope, receive, send))  # type: ignore[operator, arg-type]
+        until(lambda: running.engine.stats().cancelled == 1 and not running.engine.stats().running, 5)
 
 
 def test_a_crash_of_the_engine_is_an_error_and_the_next_request_is_served() -> None:
