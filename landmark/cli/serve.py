@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from ..models.base import Model
+    from ..models.decoder import Decoder
     from ..nn.lora import Adapters
     from ..serve.served import Served, ServedEncoder
     from ..weights.adapter import Adapter
@@ -32,8 +33,11 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: as stored.")] = None,
     quantise: Annotated[str | None, typer.Option(help="Round the weights as they are loaded: int8, int4.")] = None,
     draft: Annotated[
-        Literal["lookup"] | None,
-        typer.Option(help="Speculate: lookup guesses what followed the same words before; the answers stay the same."),
+        str | None,
+        typer.Option(
+            help="Speculate, the answers stay the same: lookup (what followed the same words before), own (the model's "
+            "own drafts), or a smaller model of the same vocabulary."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     adapter: Annotated[
@@ -90,7 +94,7 @@ def open_served(
     memory: int,
     max_batch: int,
     chunk: int,
-    draft: Literal["lookup"] | None = None,
+    draft: str | None = None,
     adapters: Sequence[str] = (),
 ) -> Served | ServedEncoder:
     """A model with its engine and adapters, or an encoder of sentences."""
@@ -119,8 +123,27 @@ def open_served(
         raise ValueError(f"{spec} is {kind(model)}, which is not served; give a decoder or a sentence encoder")
     tokenizer = Tokenizer.load(directory)
     attached = open_adapters(model, adapters)
-    engine = Engine(model, tokenizer, memory=memory, max_batch=max_batch, chunk=chunk, drafter=draft, adapters=attached)
+    drafter = None if draft is None else open_draft(draft, dtype, device)
+    engine = Engine(
+        model, tokenizer, memory=memory, max_batch=max_batch, chunk=chunk, drafter=drafter, adapters=attached
+    )
     return Served(name, engine, tokenizer)
+
+
+def open_draft(spec: str, dtype: str | None, device: str) -> Decoder | Literal["lookup", "own"]:
+    """A way to draft, or the model that drafts."""
+    if spec == "lookup" or spec == "own":
+        return "lookup" if spec == "lookup" else "own"
+    import landmark
+
+    from ..models.base import kind
+    from ..models.decoder import Decoder
+    from ..weights.checkpoint import locate
+
+    model = landmark.load(locate(spec), dtype=dtype, device=device)
+    if not isinstance(model, Decoder):
+        raise ValueError(f"{spec} is {kind(model)}, which cannot draft; give a decoder, or leave --draft out")
+    return model
 
 
 def named(spec: str) -> tuple[str, str]:
