@@ -20,15 +20,14 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
-from ..config import nearest
 from ..infer.engine import EngineError, Event, Handle
 from ..infer.engine import Request as Wanted
 from .answers import ChatChoice, TextChoice, gather, head, include_usage, merge_pieces, usage
-from .errors import ApiError, bad
+from .errors import ApiError, bad, explain
 from .limits import Gate, Limits
 from .memory import keep_trim
 from .metrics import Counted, Metrics
@@ -358,24 +357,6 @@ def _handle_errors(app: FastAPI, server: Server) -> None:
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
         return answer(request, ApiError(500, f"the server failed: {type(error).__name__}", code="internal_error"))
-
-
-def explain(error: RequestValidationError | ValidationError) -> ApiError:
-    """The first thing that is wrong, in one line that names the field."""
-    first = error.errors()[0]
-    kinds = ("body", "str", "list[constrained-int]", "list[str]")
-    path = [
-        str(part) for part in first["loc"] if part not in kinds and not str(part).startswith(("list[", "constrained"))
-    ]
-    field = ".".join(path) or None
-    if first["type"] == "extra_forbidden":
-        known = (*ChatRequest.model_fields, *CompletionRequest.model_fields, *EmbeddingRequest.model_fields)
-        return bad(f"unknown field {field!r}{nearest(path[-1], set(known))}", field, "unknown_field")
-    if first["type"] == "json_invalid":
-        return bad(f"the body is not JSON: {first.get('ctx', {}).get('error', 'it cannot be read')}", None, "bad_json")
-    if field is None:
-        return bad(f"the body is wrong: {first['msg']}; send a JSON object with Content-Type: application/json")
-    return bad(f"{field}: {first['msg']}", field, "invalid_value")
 
 
 def _one(body: CompletionRequest, prompt: Any) -> CompletionRequest:
