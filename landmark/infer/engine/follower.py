@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from ...models.decoder import Decoder
-from ...models.inspect import depth, forward_flops
 from ..sampling import Sampler
+from ..speculative.cost import draft_cost
 from .drafts import rehearsal
 from .forward import forward
 from .lengths import Lengths
 from .request import Held, Run
 from .store import Store
-
-LAYER = 4e6  # FLOPs in whose time a layer of a model that is small is called
 
 
 class Follower(Held):
@@ -49,7 +47,7 @@ class ModelDrafts:
         self.model, self.chunk = draft, int(options["chunk"])
         self.store = Store(draft, lengths=lengths, **options)  # type: ignore[arg-type]
         self.sampler = Sampler(vocab=own)
-        self.cost = _work(draft) / _work(model)
+        self.cost = draft_cost(draft, model)
         self._followers: dict[Run, Follower] = {}
 
     def guess(self, asked: Sequence[tuple[Run, int]]) -> list[list[int]]:
@@ -156,7 +154,3 @@ class ModelDrafts:
         for follower, computed in zip(followers, certain, strict=True):
             follower.computed = computed
         return self.model.logits(hidden)
-
-
-def _work(model: Decoder) -> float:
-    return forward_flops(model, 512) + LAYER * depth(model)

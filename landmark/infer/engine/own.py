@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ...models.decoder import Decoder
 from ...models.drafting import Drafting
-from ...models.inspect import forward_flops
 from ..sampling import Sampler
+from ..speculative.cost import own_cost
 from .drafts import rehearsal
 from .request import Run
 
@@ -63,9 +63,3 @@ class OwnDrafts:
     def leave(self, run: Run) -> None:
         self._draftings.pop(run, None)
         self._heard.pop(run, None)
-
-
-def own_cost(model: Decoder) -> float:
-    """A guess takes a layer and the head."""
-    whole, head = forward_flops(model, 512), 2 * model.cfg.dim * model.cfg.head.vocab
-    return ((whole - head) / len(model.layers) + head) / whole

@@ -1,0 +1,20 @@
+"""What a proposal costs, relative to a call of the model; modelled, so that it does not depend on the clock."""
+
+from __future__ import annotations
+
+from ...models.decoder import Decoder
+from ...models.inspect import depth, forward_flops
+
+LAYER = 4e6  # FLOPs in whose time a layer of a model that is small is called
+
+
+def draft_cost(draft: Decoder, model: Decoder) -> float:
+    """Of a smaller model that drafts: a call of it."""
+    own, its = (forward_flops(one, 512) + LAYER * depth(one) for one in (draft, model))
+    return own / its
+
+
+def own_cost(model: Decoder) -> float:
+    """Of a model's own modules for further tokens: a layer and the head."""
+    whole, head = forward_flops(model, 512), 2 * model.cfg.dim * model.cfg.head.vocab
+    return ((whole - head) / len(model.layers) + head) / whole

@@ -1,0 +1,173 @@
+"""Speculation from call to call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...models.decoder import Decoder
+from ...weights.tokenizer import Tokenizer
+from ..generate import Event, Request, request
+from ..sampling import BROKEN, Row, Sampler, Sampling
+from ..session import room_after
+from .drafters import Drafter, Proposal, distribution, said_so_far
+from .reader import Reader
+from .verify import best_length, verify
+
+
+@dataclass
+class Figures:
+    """How a run went: calls of the model, proposals, how many of them were kept, tokens said."""
+
+    calls: int = 0
+    proposed: int = 0
+    kept: int = 0
+    tokens: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """The share of proposals that were kept, among those that were looked at."""
+        return self.kept / max(1, self.proposed)
+
+
+@torch.inference_mode()
+def speculate(
+    model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling] = Sampling(), *,
+    drafter: Drafter, tokenizer: Tokenizer | None = None, most: int = 8, length: int | None = None,
+    guides: Sequence[Any] | None = None, figures: Figures | None = None,
+) -> Iterator[Event]:  # fmt: skip
+    """Tokens as they come, as `generate.stream` gives them: equal to it where greedy, equal in distribution where not.
+
+    `length` proposals a call; None: as many, up to `most`, as the acceptance so far makes worth their cost. `guides`:
+    one for each prompt (or None), with `allowed`, `accept`, `rollback` and `finished`, as `constrain.Form`.
+    Raises ValueError as `generate.stream`, and for models that cannot take part.
+    """
+    settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+    rooms = room_after(model, prompts, [s.max_tokens for s in settings])
+    if most < 1 or (length is not None and length < 1):
+        raise ValueError(f"{length or most} proposals a call; propose at least 1")
+    each = [
+        request(model, n, prompt, s, room, tokenizer)
+        for n, (prompt, s, room) in enumerate(zip(prompts, settings, rooms, strict=True))
+    ]
+    vocab = model.cfg.head.vocab
+    rows = [Row.of(s, prompt, vocab) for s, prompt in zip(settings, prompts, strict=True)]
+    forms = list(guides) if guides is not None else [None] * len(rows)
+    figures = figures if figures is not None else Figures()
+    extra = length or most
+    capacity = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True)) + extra + 1
+    run = _Run(model, each, rows, forms, drafter, capacity, figures)
+    yield from run.begin(prompts)
+    rate = 0.7
+    while run.requests:
+        wanted = length if length is not None else best_length(rate, drafter.cost, most)
+        before = figures.kept, figures.proposed
+        yield from run.step(max(1, min(wanted, *run.rooms())) if wanted else 0)
+        if figures.proposed > before[1]:
+            seen = (figures.kept - before[0]) / (figures.proposed - before[1])
+            rate = min(0.98, 0.8 * rate + 0.2 * seen)
+        elif not wanted:
+            rate = min(0.98, rate + 0.02)  # try again at some time
+
+
+class _Run:
+    """The sequences that are not finished."""
+
+    def __init__(
+        self, model: Decoder, requests: list[Request], rows: list[Row], forms: list[Any], drafter: Drafter,
+        capacity: int, figures: Figures,
+    ) -> None:  # fmt: skip
+        self.model, self.requests, self.rows, self.forms = model, requests, rows, forms
+        self.drafter, self.figures = drafter, figures
+        self.reader = Reader(model, len(rows), capacity)
+        drafter.begin(self.reader, rows, capacity)
+
+    def rooms(self) -> list[int]:
+        """Proposals beyond what may still be said are of no use."""
+        return [request.room for request in self.requests]
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> Iterator[Event]:
+        last = torch.stack([logits[-1] for logits in self.reader.read(prompts)])
+        self.figures.calls += 1
+        none = torch.zeros(len(self.rows), 0, dtype=torch.long)
+        yield from self._finish(last[:, None], Proposal(none, None), first=True)
+
+    def step(self, count: int) -> Iterator[Event]:
+        texts = [[*row.prompt, *row.answer] for row in self.rows]
+        none = Proposal(torch.zeros(len(texts), 0, dtype=torch.long), None)
+        proposal = self.drafter.propose(texts, count) if count else none
+        said = [[row.answer[-1], *drafts] for row, drafts in zip(self.rows, proposal.tokens.tolist(), strict=True)]
+        logits = torch.stack(self.reader.read(said))
+        self.figures.calls += 1
+        yield from self._finish(logits, proposal)
+
+    def _finish(self, logits: Tensor, proposal: Proposal, first: bool = False) -> Iterator[Event]:
+        """Keep what may be kept of a proposal, from logits [n, k + 1, V]."""
+        n, places, vocab = logits.shape
+        if not bool(logits.isfinite().any(2).all()):
+            raise ValueError(BROKEN)
+        drafts = proposal.tokens.tolist()
+        logits = self._guided(logits, drafts)
+        sampler = Sampler(vocab=vocab)
+        sampler.arrange(
+            [said_so_far(row, [*row.answer, *drafts[i][:j]]) for i, row in enumerate(self.rows) for j in range(places)]
+        )
+        p = distribution(sampler, logits.flatten(0, 1)).view(n, places, vocab)
+        uniform = torch.tensor([[row.random.random() for _ in range(places)] for row in self.rows], dtype=torch.float64)
+        uniform = uniform.to(p.device)
+        counts, next_tokens = verify(p, proposal.q, proposal.tokens.to(p.device), uniform)
+        going, kept = [], []
+        for i, (count, token) in enumerate(zip(counts.tolist(), next_tokens.tolist(), strict=True)):
+            self.figures.proposed += min(count + 1, places - 1)
+            self.figures.kept += count
+            over = False
+            for said in (*drafts[i][:count], token):
+                self.rows[i].answer.append(said)
+                form = self.forms[i]
+                if form is not None:
+                    form.accept(said)
+                event = self.requests[i].event(said, None, complete=form is not None and form.finished)
+                self.figures.tokens += 1
+                yield event
+                if event.finish is not None:
+                    over = True
+                    break
+            if not over:
+                going.append(i)
+            kept.append(count + 1)
+        if not first:
+            self.reader.keep(kept)
+        if len(going) < n:
+            self._select(going)
+
+    def _guided(self, logits: Tensor, drafts: list[list[int]]) -> Tensor:
+        """What a form does not allow is impossible, at every place as far as the proposals keep to it."""
+        if all(form is None for form in self.forms):
+            return logits
+        logits = logits.clone()
+        for i, form in enumerate(self.forms):
+            taken = 0
+            for j in range(logits.shape[1]) if form is not None else ():
+                allowed = form.allowed().to(logits.device)
+                logits[i, j].masked_fill_(~allowed, -math.inf)
+                if j == logits.shape[1] - 1 or not allowed[drafts[i][j]]:
+                    break
+                form.accept(drafts[i][j])
+                taken += 1
+                if form.finished:
+                    break
+            if taken:
+                form.rollback(taken)
+        return logits
+
+    def _select(self, going: list[int]) -> None:
+        if going:
+            self.reader.select(going)
+            self.drafter.select(going)
+        self.requests = [self.requests[i] for i in going]
+        self.rows, self.forms = [self.rows[i] for i in going], [self.forms[i] for i in going]
