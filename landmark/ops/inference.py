@@ -26,6 +26,6 @@ def inference_op(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -
     return call
 
 
-def learns(*tensors: Tensor | None) -> bool:
-    """Whether a gradient can be asked of what is made of these."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def learns(*arguments: Any) -> bool:
+    """Whether a gradient can be asked of what is made of the tensors among these."""
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)

@@ -164,9 +164,9 @@ def test_compiles_and_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.autograd.grad(compiled(x, w).sum(), (x, w)), torch.autograd.grad(block(x, w).sum(), (x, w)), strict=True
     ):
         torch.testing.assert_close(got, want)
-    torch.library.opcheck(cpu.rms_norm, (x, w, 1e-6, 0.0, 1))
-    torch.library.opcheck(cpu.glu, (x, torch.randn_like(x), "silu"))
-    torch.library.opcheck(cpu.rotary, (x, angles.cos(), angles.sin(), False, False))
+    torch.library.opcheck(torch.ops.landmark.rms_norm.default, (x, w, 1e-6, 0.0, 1))
+    torch.library.opcheck(torch.ops.landmark.glu.default, (x, torch.randn_like(x), "silu"))
+    torch.library.opcheck(torch.ops.landmark.rotary.default, (x, angles.cos(), angles.sin(), False, False))
     with FakeTensorMode() as mode:
         assert rms_norm(mode.from_tensor(x), mode.from_tensor(w), 1e-6).shape == x.shape
 

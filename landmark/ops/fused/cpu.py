@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..activation import ACTIVATIONS
+from ..inference import learns
 from ..native import Source
 from . import reference
 
@@ -82,6 +83,15 @@ def _op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     return getattr(torch.ops.landmark, name).default
 
 
+def _direct(op: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+    """`op`, or what it runs, five microseconds sooner, where neither a gradient nor a compiler looks on."""
+
+    def call(*args: Any) -> Any:
+        return (op if torch.compiler.is_compiling() or learns(*args) else run)(*args)
+
+    return call
+
+
 def _again(equation: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], grad: Tensor) -> list[Tensor | None]:
     """Gradients that can be differentiated again (create_graph=True), by the reference."""
     wanted = [t for t in inputs if t is not None and t.requires_grad]
@@ -120,7 +130,7 @@ def _rms_norm_backward(
     return grad_x, grad_weight
 
 
-rms_norm = _op(
+_rms_norm_op = _op(
     "rms_norm(Tensor x, Tensor? weight, float eps, float offset, int groups) -> (Tensor, Tensor)",
     _rms_norm,
     lambda x, weight, eps, offset, groups: (
@@ -184,7 +194,7 @@ def _glu_backward(grad: Tensor, gate: Tensor, up: Tensor | None, act: str) -> tu
     return grad_gate, grad_up
 
 
-glu = _op(
+_glu_op = _op(
     "glu(Tensor gate, Tensor? up, str act) -> Tensor",
     _glu,
     lambda gate, up, act: torch.empty_like(gate, memory_format=torch.contiguous_format),
@@ -231,7 +241,7 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: boo
     return y
 
 
-rotary = _op(
+_rotary_op = _op(
     "rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor",
     _rotary,
     lambda x, cos, sin, interleaved, inverse: x.new_empty(x.shape),
@@ -244,7 +254,9 @@ def _rotary_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _rotary_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return rotary(grad, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse), None, None, None, None
+    return _rotary_op(grad, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse), None, None, None, None
 
 
 torch.library.register_autograd("landmark::rotary", _rotary_vjp, setup_context=_rotary_setup, lib=_library)
+
+rms_norm, glu, rotary = _direct(_rms_norm_op, _rms_norm), _direct(_glu_op, _glu), _direct(_rotary_op, _rotary)

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..inference import inference_op
 from ..native import Source, processor
 
 SOURCE = Source(Path(__file__).with_name("skinny.c"))
 KERNELS = {torch.float32: "linear_f32", torch.bfloat16: "linear_bf16"}
 MAX_ROWS = 16  # beyond them the matrix product is as fast
-SMALL = 2**18  # rows x in x out up to which float32 is faster in one call of torch
+SMALL = 2**15  # rows x in x out up to which float32 is faster in one call of torch
 ONE_THREAD = 2**17  # bytes of weight that a second thread would not read any sooner
 MIN_PRODUCT = 2**21  # rows x in x out from which oneDNN's set-up pays
 ONEDNN = torch.backends.mkldnn.is_available() and "mkldnn::_linear_pointwise" in torch._C._dispatch_get_all_op_names()
@@ -75,9 +76,6 @@ def _why_not_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None
 
 _PLAIN = (Tensor, Parameter)
 
-_library = torch.library.Library("landmark", "FRAGMENT")
-_library.define("linear_skinny(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-
 
 def _skinny(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     (out, width), wld = weight.shape, weight.stride(0)
@@ -98,9 +96,7 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-_library.impl("linear_skinny", _skinny, "CPU")
-torch.library.register_fake("landmark::linear_skinny", _fake, lib=_library)
-skinny = torch.ops.landmark.linear_skinny.default
+skinny = inference_op("linear_skinny", _skinny, _fake)
 
 
 @torch.library.custom_op("landmark::linear_onednn", mutates_args=())

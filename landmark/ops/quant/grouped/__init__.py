@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...inference import inference_op
 from ...native import Source
 from . import reference
 from .reference import GROUP, STEP, Bits, quantise
@@ -77,10 +78,6 @@ def _kernel(bits: int, dtype: torch.dtype) -> Any:
     return SOURCE.function(f"grouped{bits}_{SUFFIX[dtype]}", *[c_void_p] * 5, *[c_int64] * 3, c_int)
 
 
-_library = torch.library.Library("landmark", "FRAGMENT")
-_library.define("grouped_few(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int bits) -> Tensor")
-
-
 def _few(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> Tensor:
     x, out = x.contiguous(), codes.shape[0]
     y = torch.empty((*x.shape[:-1], out), dtype=x.dtype)
@@ -96,9 +93,7 @@ def _fake(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: i
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
-_library.impl("grouped_few", _few, "CPU")
-torch.library.register_fake("landmark::grouped_few", _fake, lib=_library)
-few = torch.ops.landmark.grouped_few.default
+few = inference_op("grouped_few", _few, _fake)
 
 
 @torch.library.custom_op("landmark::grouped_restore", mutates_args=())
