@@ -285,7 +285,7 @@ def main() -> None:
     parser.add_argument("--install", type=Path, metavar="DIR", help="make the rivals' interpreters there, once")
     parser.add_argument("--llama-python", type=Path, help="an interpreter that has llama_cpp and gguf")
     parser.add_argument("--openvino-python", type=Path, help="an interpreter that has openvino and openvino_genai")
-    parser.add_argument("--files", type=Path, help="keep weights there for a later run (about 12 GB; default: do not)")
+    parser.add_argument("--files", type=Path, help="keep weights there for a later run (about 18 GB; default: do not)")
     parser.add_argument("--pairs", help="rivals or pairs of bits, by commas; default: all")
     parser.add_argument("--measures", default=",".join(MEASURES))
     parser.add_argument("--shape", default="llama3.2-1b", help="a published size of a Llama")
