@@ -23,6 +23,9 @@ a factory of objects that say which tokens may come next.
 themselves), "own" (the model's modules for further tokens), or a smaller decoder with the same vocabulary; as far as it
 is worth its cost, so in small batches. `Engine(..., adapters=attach(model, {"poet": ...}))` serves adapters of one
 model side by side: `Request(adapter="poet")` (transforms/lora.py).
+
+These promises are tested in float32. In bfloat16 a product of several rows and one of a single row may round apart, and
+now and then that moves a choice.
 """
 
 from ..generate import Answer, Event
