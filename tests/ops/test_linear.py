@@ -127,12 +127,12 @@ def test_autocast_and_no_rows_go_to_torch() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("width", "picked"), [(1024, True), (8, False)])
-def test_picks_by_size_for_few_rows(width: int, picked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight = torch.randn(1, 1, width), torch.nn.Parameter(torch.randn(width, width))
-    if (reason := ops.why_not("skinny", x, weight)) is not None:
+@pytest.mark.parametrize(("rows", "picked"), [(1, True), (16, True), (17, False)])
+def test_picks_skinny_for_few_rows(rows: int, picked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(1, rows, 8), torch.nn.Parameter(torch.randn(4, 8))
+    if (reason := ops.why_not("skinny", x[:, :1], weight)) is not None:
         pytest.skip(reason)
-    calls = []
+    calls: list[object] = []
     monkeypatch.setattr(cpu, "skinny", lambda *arguments: calls.append(arguments))
     linear(x, weight)
     assert bool(calls) == picked

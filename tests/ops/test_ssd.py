@@ -11,7 +11,7 @@ from torch import Tensor
 from landmark.ctx import Bounds
 from landmark.ops import ssd as ops
 from landmark.ops.spans import spans
-from landmark.ops.ssd import cpu, ssd, step
+from landmark.ops.ssd import cpu, ssd
 
 BOUNDS = {
     "dense": Bounds(2, 63),
@@ -189,6 +189,8 @@ def test_refusals_and_fakes() -> None:
     if ops.why_not("cpu", *args, bounds) is None:
         torch.use_deterministic_algorithms(False)
         x, dt, A, B, C, D = args
-        torch.library.opcheck(step._step, (x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, given["initial"]))
+        torch.library.opcheck(
+            torch.ops.landmark.ssd_step.default, (x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, given["initial"])
+        )
         x, B, C, dt, A, D, initial = (t.requires_grad_() for t in (x, B, C, dt, A, D, given["initial"]))
         torch.library.opcheck(cpu._ssd, (x, B, C, dt, A, D, initial, spans(bounds), True, 1, 2))

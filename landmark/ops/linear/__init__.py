@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,12 +34,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: Ba
             raise ValueError(f"backend {backend!r} cannot run: {reason}")
         return _RUN[backend](x, weight, bias)
     if weight.is_cpu:
-        work = x.numel() * weight.shape[0]
-        if work <= cpu.SMALL and weight.dtype == torch.float32:
-            return F.linear(x, weight, bias)
         if cpu.why_not_skinny(x, weight, bias) is None:
             return cpu.skinny(x, weight, bias)
-        if cpu.ONEDNN_IS_FASTER and work >= cpu.MIN_PRODUCT and cpu.why_not_onednn(x, weight, bias) is None:
+        if (
+            cpu.ONEDNN_IS_FASTER
+            and x.numel() * weight.shape[0] >= cpu.MIN_PRODUCT
+            and cpu.why_not_onednn(x, weight, bias) is None
+        ):
             return cpu.onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 

@@ -22,7 +22,6 @@ from ..native import Source, processor
 SOURCE = Source(Path(__file__).with_name("skinny.c"))
 KERNELS = {torch.float32: "linear_f32", torch.bfloat16: "linear_bf16"}
 MAX_ROWS = 16  # beyond them the matrix product is as fast
-SMALL = 2**15  # rows x in x out up to which float32 is faster in one call of torch
 ONE_THREAD = 2**17  # bytes of weight that a second thread would not read any sooner
 MIN_PRODUCT = 2**21  # rows x in x out from which oneDNN's set-up pays
 ONEDNN = torch.backends.mkldnn.is_available() and "mkldnn::_linear_pointwise" in torch._C._dispatch_get_all_op_names()
