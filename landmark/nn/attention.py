@@ -16,6 +16,7 @@ from .chunked import ChunkCache, cut
 from .linear import Linear
 from .norm import NormConfig
 from .rope import Rope
+from .together import together
 
 
 class QKNorm(ModuleConfig, ABC, abstract=True):
@@ -155,7 +156,7 @@ class Attention(nn.Module):
         c = self.cfg
         q, k, v = (
             y.view(*x.shape[:-1], heads, c.head_dim)
-            for y, heads in ((self.q(x), c.heads), (self.k(x), c.kv_heads), (self.v(x), c.kv_heads))
+            for y, heads in zip(together(x, self.q, self.k, self.v), (c.heads, c.kv_heads, c.kv_heads), strict=True)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

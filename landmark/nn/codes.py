@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.linear import linear
-from ..ops.quant.grouped import GROUP, STEP, Bits, quantise, restore
+from ..ops.quant.grouped import Bits, Map, quantise, restore, restore_rows, shape
 from ..ops.quant.grouped import linear as product
+from ..ops.quant.grouped.reference import TILE
 from .linear import Linear, LinearConfig
 
 
 class Codes(nn.Module):
-    """A matrix [rows, width] as codes uint8 [rows, bytes] and scales [rows, groups].
+    """A matrix [rows, width] as codes uint8 [tiles, groups, 64 * bits] and scales [tiles, groups, 16].
 
     Scales are float16 seen as int16, which stay what they are when a model is cast; `unit` is what is cast.
     """
@@ -29,10 +30,9 @@ class Codes(nn.Module):
     def __init__(self, rows: int, width: int, bits: Bits, dtype: torch.dtype, device: Any = None) -> None:
         super().__init__()
         self.rows, self.width, self.bits = rows, width, bits
-        pieces = -(-width // STEP)
-        size = (-(-pieces // 2) if bits == 4 else pieces) * STEP
-        self.register_buffer("codes", torch.zeros(rows, size, dtype=torch.uint8, device=device))
-        self.register_buffer("halves", torch.zeros(rows, pieces * STEP // GROUP, dtype=torch.int16, device=device))
+        groups = shape(rows, width)
+        self.register_buffer("codes", torch.zeros(*groups, 64 * bits, dtype=torch.uint8, device=device))
+        self.register_buffer("halves", torch.zeros(*groups, TILE, dtype=torch.int16, device=device))
         self.register_buffer("unit", torch.ones((), dtype=dtype, device=device))
 
     def reset_parameters(self) -> None:
@@ -41,16 +41,17 @@ class Codes(nn.Module):
 
     @property
     def scales(self) -> Tensor:
-        """float16 [rows, groups]."""
+        """float16 [tiles, groups, 16]."""
         return self.halves.view(torch.float16)
 
     @torch.no_grad()
-    def fill(self, weight: Tensor, rows_at_once: int = 8192) -> None:
+    def fill(self, weight: Tensor, tiles_at_once: int = 256) -> None:
         """Take over a weight [rows, width], rounded."""
-        for first in range(0, self.rows, rows_at_once):
-            codes, scales = quantise(weight[first : first + rows_at_once], self.bits)
-            self.codes[first : first + rows_at_once] = codes
-            self.halves[first : first + rows_at_once] = scales.view(torch.int16)
+        for first in range(0, len(self.codes), tiles_at_once):
+            here = slice(first, first + tiles_at_once)
+            codes, scales = quantise(weight[first * TILE : (first + tiles_at_once) * TILE], self.bits)
+            self.codes[here] = codes
+            self.halves[here] = scales.view(torch.int16)
 
     def packed_parameters(self) -> int:
         """Weights, one or two to a byte."""
@@ -59,11 +60,11 @@ class Codes(nn.Module):
     @property
     def weight(self) -> Tensor:
         """[rows, width], restored."""
-        return restore(self.codes, self.scales, self.bits, self.width, self.unit.dtype)
+        return restore(self.codes, self.scales, self.bits, self.rows, self.width, self.unit.dtype)
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., width] -> x W^T + b, [..., rows]."""
-        return product(x, self.codes, self.scales, bias, self.bits)
+        return product(x, self.codes, self.scales, bias, self.bits, self.rows)
 
     def extra_repr(self) -> str:
         return f"{self.rows} x {self.width}, {self.bits} bits"
@@ -95,13 +96,18 @@ class CodedLinear(Codes):
     def forward(self, input: Tensor) -> Tensor:
         return self.multiply(input, self.bias)
 
+    @property
+    def map(self) -> Map:
+        """Itself, for a call that takes several."""
+        return Map(self.codes, self.scales, self.bias, self.rows)
+
 
 class CodedEmbedding(Codes):
     """A table of vectors, of which those that are looked up are restored."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         flat = tokens.flatten()
-        found = restore(self.codes[flat], self.scales[flat], self.bits, self.width, self.unit.dtype)
+        found = restore_rows(self.codes, self.scales, self.bits, flat, self.width, self.unit.dtype)
         return found.unflatten(0, tokens.shape)
 
 

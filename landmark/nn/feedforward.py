@@ -13,6 +13,7 @@ from ..ops.fused import activate, glu
 from ..ops.moe import few
 from .linear import Linear, bare
 from .norm import NormConfig
+from .together import together
 
 
 def perceptron(x: Tensor, up: nn.Module, down: nn.Module, act: Activation) -> Tensor:
@@ -74,6 +75,7 @@ class GLU(nn.Module):
             weights = self.gate.weight, self.up.weight, self.down.weight
             if few.why_not(x, *weights) is None:
                 return few.feed_forward(x, *weights, self.act)
-        y = glu(self.gate(x), self.up(x), self.act)
+        gate, up = together(x, self.gate, self.up)
+        y = glu(gate, up, self.act)
         out: Tensor = self.down(y if self.norm is None else self.norm(y))
         return out

@@ -15,6 +15,7 @@ from .cache import KVCache
 from .linear import Linear
 from .norm import NormConfig, RMSNorm
 from .rope import Rope
+from .together import together
 
 
 class LatentAttention(nn.Module):
@@ -69,9 +70,10 @@ class LatentAttention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Ctx, state: KVCache | None = None) -> Tensor:
         c = self.cfg
-        q = self.q(x) if c.q_rank is None else self.q_up(self.q_norm(self.q_down(x)))
+        q, down = together(x, self.q if c.q_rank is None else self.q_down, self.kv_down)
+        if c.q_rank is not None:
+            q = self.q_up(self.q_norm(q))
         q = q.view(*x.shape[:-1], c.heads, c.head_dim + c.rope_dim)
-        down = self.kv_down(x)
         if state is not None and ctx.bounds.longest == 1 and (y := self._step(q, down, ctx, state)) is not None:
             stepped: Tensor = self.out(y)
             return stepped

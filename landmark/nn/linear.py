@@ -48,14 +48,15 @@ class GroupedLinear(nn.Module):
         return f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}"
 
 
+def unhooked(*modules: nn.Module | None) -> bool:
+    """Whether nobody has a hook on any of these (None aside), so that what it does need not be done by calling it."""
+    return all(m is None or not (m._forward_hooks or m._forward_pre_hooks) for m in modules)
+
+
 def bare(*modules: nn.Module | None) -> bool:
     """Whether each (None aside) is a `Linear` or `GroupedLinear` as it is made here, on which nobody has a hook: then
     its weight and bias say all of what it does, and a kernel may do it together with its neighbours."""
-    return all(
-        m is None
-        or ((type(m) is GroupedLinear or type(m) is Linear) and not m._forward_hooks and not m._forward_pre_hooks)
-        for m in modules
-    )
+    return all(m is None or type(m) is GroupedLinear or type(m) is Linear for m in modules) and unhooked(*modules)
 
 
 # What picks experts, whose choice rounding would change, and what decoding absorbs into other matrices.

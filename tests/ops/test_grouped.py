@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from landmark.ops.quant import grouped
-from landmark.ops.quant.grouped import Backend, Bits, linear, quantise, reference, restore
+from landmark.ops.quant.grouped import Backend, Bits, Map, linear, linears, quantise, reference, restore, restore_rows
 
 SHAPES = [(1, 64, 5), (3, 96, 7), (8, 256, 33), (9, 130, 4), (16, 33, 64)]
 
@@ -23,13 +23,32 @@ def made(out: int, width: int, bits: Bits) -> tuple[Tensor, Tensor, Tensor]:
 def test_the_nearest_code_of_every_weight(shape: tuple[int, int, int], bits: Bits) -> None:
     _, width, out = shape
     weight, codes, scales = made(out, width, bits)
-    assert codes.shape[1] == (-(-width // 128) * 64 if bits == 4 else -(-width // 64) * 64)
-    assert scales.shape == (out, -(-width // 64) * 2)
-    back = reference.restore(codes, scales, bits, width, torch.float32)
-    step = scales.float().abs().repeat_interleave(32, 1)[:, :width]
+    tiles, groups = -(-out // 16), -(-width // 32)
+    assert codes.shape == (tiles, groups, 64 * bits) and scales.shape == (tiles, groups, 16)
+    back = reference.restore(codes, scales, bits, out, width, torch.float32)
+    of_rows = scales.float().abs().transpose(1, 2).flatten(0, 1)[:out]
+    step = of_rows.repeat_interleave(32, 1)[:, :width]
     assert ((back - weight).abs() <= step * (0.502 if bits == 8 else 1.002)).all()  # 4 bits: one side is cut by a step
-    assert torch.equal(restore(codes, scales, bits, width, torch.float32), back)
-    assert torch.equal(restore(codes, scales, bits, width, torch.bfloat16), back.bfloat16())
+    assert torch.equal(restore(codes, scales, bits, out, width, torch.float32), back)
+    assert torch.equal(restore(codes, scales, bits, out, width, torch.bfloat16), back.bfloat16())
+    ids = torch.tensor([out - 1, 0, out // 2])
+    assert torch.equal(restore_rows(codes, scales, bits, ids, width, torch.float32), back[ids])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_lie_as_documented(bits: Bits) -> None:
+    numbers = torch.randint(-7 if bits == 4 else -127, 8 if bits == 4 else 128, (3, 2, 16, 32)).float()
+    codes = reference.pack(numbers, bits)
+    assert torch.equal(reference.unpack(codes, bits), numbers)
+    tile = codes[2, 1].tolist()
+    for row, column in [(0, 0), (5, 9), (15, 31), (8, 22)]:
+        if bits == 4:
+            byte = tile[column // 8 * 64 + row * 4 + column % 2 * 2 + column % 8 // 4]
+            found = (byte >> column % 4 // 2 * 4 & 15) - 8
+        else:
+            byte = tile[column // 4 * 64 + row // 4 * 16 + column % 4 // 2 * 8 + row % 4 * 2 + column % 2]
+            found = (byte & 127) * (-1 if byte & 128 else 1)
+        assert found == numbers[2, 1, row, column]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -44,26 +63,50 @@ def test_against_float64(shape: tuple[int, int, int], backend: Backend, dtype: t
     bias = torch.randn(out, generator=generator).to(dtype)
     if (reason := grouped.why_not(backend, x, codes)) is not None:
         pytest.fail(reason)
-    whole = reference.restore(codes, scales, bits, width, dtype).double()
+    kept = torch.float32 if backend == "few" else dtype  # what the weight is rounded to before it meets x
+    whole = reference.restore(codes, scales, bits, out, width, kept).double()
     want = x.double() @ whole.mT + bias.double()
-    got = linear(x, codes, scales, bias, bits, backend=backend)
+    got = linear(x, codes, scales, bias, bits, out, backend=backend)
     assert got.dtype == dtype
     error = (got.double() - want).abs().max() / want.abs().max()
     assert error < (3e-6 if dtype == torch.float32 else 5e-3)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_its_neighbours_to_the_bit(dtype: torch.dtype, bits: Bits) -> None:
+    _, codes, scales = made(77, 320, bits)
+    x = torch.randn(16, 320, generator=torch.Generator().manual_seed(1)).to(dtype)
+    alone = torch.cat([linear(row[None], codes, scales, None, bits, 77, backend="few") for row in x])
+    for rows in range(1, 17):
+        assert torch.equal(linear(x[:rows], codes, scales, None, bits, 77, backend="few"), alone[:rows])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_several_maps_in_one_call(rows: int, dtype: torch.dtype, bits: Bits) -> None:
+    x, bias = torch.randn(2, rows, 200).to(dtype), torch.randn(40).to(dtype)
+    maps = [Map(*made(out, 200, bits)[1:], bias if out == 40 else None, out) for out in (300, 40, 5)]
+    with torch.no_grad():
+        got = linears(x, maps, bits)
+        want = [linear(x, m.codes, m.scales, m.bias, bits, m.rows) for m in maps]
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_gradient_flows_to_x() -> None:
     _, codes, scales = made(8, 64, 4)
     x = torch.randn(2, 64, requires_grad=True)
-    linear(x, codes, scales, None, 4).sum().backward()
+    linear(x, codes, scales, None, 4, 8).sum().backward()
     assert x.grad is not None
-    whole = reference.restore(codes, scales, 4, 64, torch.float32)
+    whole = reference.restore(codes, scales, 4, 8, 64, torch.float32)
     torch.testing.assert_close(x.grad, whole.sum(0).expand(2, -1))
 
 
 def test_backends_refuse() -> None:
     _, codes, scales = made(8, 64, 4)
     with pytest.raises(ValueError, match="1 to 16 rows, not 17"):
-        linear(torch.zeros(17, 64), codes, scales, None, 4, backend="few")
+        linear(torch.zeros(17, 64), codes, scales, None, 4, 8, backend="few")
     with pytest.raises(ValueError, match=r"not torch\.float64"):
-        linear(torch.zeros(1, 64).double(), codes, scales, None, 4, backend="restored")
+        linear(torch.zeros(1, 64).double(), codes, scales, None, 4, 8, backend="restored")

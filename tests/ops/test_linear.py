@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from landmark.ops import linear as ops
-from landmark.ops.linear import cpu, linear
+from landmark.ops.linear import cpu, linear, linears
 
 BACKENDS = ["reference", "torch", "skinny", "onednn"]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float64: 1e-14}  # of the largest element: one rounding
@@ -150,3 +150,16 @@ def test_compiles_and_fakes() -> None:
     if cpu.ONEDNN:
         weight.requires_grad_()
         torch.library.opcheck(cpu.onednn, (x, weight, bias))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_maps_in_one_call(dtype: torch.dtype, rows: int) -> None:
+    x = torch.randn(rows, 200).to(dtype)
+    maps = [(torch.randn(n, 200).to(dtype), torch.randn(n).to(dtype) if n == 40 else None) for n in (300, 40, 5)]
+    with torch.no_grad():
+        for got, (weight, bias) in zip(linears(x, maps), maps, strict=True):
+            assert torch.equal(got, linear(x, weight, bias))
+    wide = x.requires_grad_()
+    linears(wide, maps)[0].sum().backward()
+    assert wide.grad is not None

@@ -3,7 +3,7 @@
 // length, attended apart and merged in order (Flash-Decoding, Dao et al. 2023), so that threads change no bit. The cache
 // may lie in pages, wherever they are (PagedAttention, Kwon et al. 2023).
 #include <stdlib.h>
-#include "vector.h"
+#include "lanes.h"
 
 #define BLOCK 128 // keys whose scores are held at once
 #define PART 1024 // keys of a part
@@ -24,25 +24,6 @@ typedef struct {
     int64_t pages, page, threads;
     float scale, cap; // cap 0: none
 } Call;
-
-// The sums of W vectors, as one vector.
-INLINE vf sums(vf *x) {
-#ifdef __AVX512F__
-    __m512 a[8], b[4], c[2];
-    for (int i = 0; i < 8; i++)
-        a[i] = _mm512_unpacklo_ps((__m512)x[2 * i], (__m512)x[2 * i + 1]) +
-               _mm512_unpackhi_ps((__m512)x[2 * i], (__m512)x[2 * i + 1]);
-    for (int i = 0; i < 4; i++)
-        b[i] = _mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44) + _mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee);
-    for (int i = 0; i < 2; i++)
-        c[i] = _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88) + _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd);
-    return (vf)(_mm512_shuffle_f32x4(c[0], c[1], 0x88) + _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
-#else
-    vf y;
-    for (int i = 0; i < W; i++) y[i] = sum(x[i]);
-    return y;
-#endif
-}
 
 // acc + a b, or with 2 W bfloat16 in each of a and b: plus the products of neighbours, added together.
 INLINE vf madd(vf acc, vf a, vf b, const int pair) {

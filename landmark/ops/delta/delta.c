@@ -1,7 +1,7 @@
 // The generalised delta rule and its gradient, token by token: S = (diag(w) + b a^T) S + k v^T, a matrix of keys by values.
 // Forward, lanes are values, and columns of S go their own ways; backward, lanes are keys.
 #include <stdlib.h>
-#include "vector.h"
+#include "lanes.h"
 
 #define STEPS 16  // tokens between states that are kept for backward
 
@@ -69,25 +69,6 @@ INLINE void forward(const float *x, int64_t count, int64_t c, float *S, float *u
     for (int i = 0; i < N; i++) store(S, i * N + c, s[i], 0);
 }
 
-// Lane j of the result is the sum of p[j].
-INLINE vf sums(vf *p) {
-    vi even, odd;
-    for (int j = 0; j < W; j++) even[j] = 2 * j, odd[j] = 2 * j + 1;
-    for (int n = W; n > 1; n /= 2)
-        for (int j = 0; j < n / 2; j++) {
-            const vf low = p[2 * j], high = p[2 * j + 1];
-#ifdef __AVX512F__
-            p[j] = (vf)_mm512_permutex2var_ps((__m512)low, (__m512i)even, (__m512)high) +
-                   (vf)_mm512_permutex2var_ps((__m512)low, (__m512i)odd, (__m512)high);
-#else
-            vf q;
-            for (int l = 0; l < W / 2; l++) q[l] = low[2 * l] + low[2 * l + 1], q[W / 2 + l] = high[2 * l] + high[2 * l + 1];
-            p[j] = q;
-#endif
-        }
-    return p[0];
-}
-
 // Backward through `count` tokens; Ss [STEPS + 1][values][keys] are the states, g [values][keys] the gradient of the one
 // after them, then of the one before; d [ROWS][STEPS][N] takes the gradients of r, k, v, a, b and, at G, of log decays.
 INLINE void backward(const float *x, int64_t count, const float *u, const float *Ss, float *g, float *d, const int N,
@@ -147,7 +128,7 @@ INLINE void backward(const float *x, int64_t count, const float *u, const float 
     }
 }
 
-INLINE void transpose(const float *from, float *to, const int N) {
+INLINE void turn(const float *from, float *to, const int N) {
     for (int i = 0; i < N; i += 8)
         for (int j = 0; j < N; j++)
             for (int k = 0; k < 8; k++) to[j * N + i + k] = from[(i + k) * N + j];
@@ -194,14 +175,14 @@ INLINE void run_backward(const Inputs *in, const int64_t *spans, int64_t sequenc
         float *us = x + (ROWS + 1) * STEPS * N, *out = us + STEPS * N, *g = out + ROWS * STEPS * N, *Ss = g + N * N;
         const float *first = kept + pieces * H * N * N;
         for (int64_t i = sequences - 1; i >= 0; i--) {
-            transpose(dS + (i * H + head) * N * N, g, N);
+            turn(dS + (i * H + head) * N * N, g, N);
             for (int64_t t = (spans[2 * i + 1] - 1) / STEPS * STEPS; t >= 0 && spans[2 * i + 1]; t -= STEPS) {
                 const int64_t from = spans[2 * i] + t, count = MIN(STEPS, spans[2 * i + 1] - t);
                 gather(in, from, count, head, x, N, half);
                 if (delta)
                     for (int64_t s = 0; s < count; s++) memcpy(us + s * N, u + ((from + s) * H + head) * N, N * sizeof(float));
                 first -= H * N * N;
-                transpose(first + head * N * N, Ss, N);
+                turn(first + head * N * N, Ss, N);
                 for (int64_t s = 0; s < count - !delta; s++)
                     for (int c = 0; c < N; c++)
                         for (int n = 0; n < N; n += W) {
@@ -216,7 +197,7 @@ INLINE void run_backward(const Inputs *in, const int64_t *spans, int64_t sequenc
                         for (int n = 0; n < N; n += W)
                             store(d[j], (from + s) * H * N + head * N + n, load(out + (j * STEPS + s) * N, n, 0), j != G && half);
             }
-            transpose(g, dS + (i * H + head) * N * N, N);
+            turn(g, dS + (i * H + head) * N * N, N);
         }
         free(x);
     }

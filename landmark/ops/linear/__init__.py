@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -45,6 +46,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: Ba
     return F.linear(x, weight, bias)
 
 
+def linears(x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    """`linear` by each of several weights and biases, for few rows of x in one call."""
+    if all(w.is_cpu and cpu.why_not_skinny(x, w, b) is None for w, b in maps) and not torch.compiler.is_compiling():
+        return cpu.skinny_each(x, maps)
+    return [linear(x, weight, bias) for weight, bias in maps]
+
+
 _RUN: dict[Backend, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "reference": reference.linear,
     "torch": F.linear,
@@ -52,4 +60,4 @@ _RUN: dict[Backend, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "onednn": cpu.onednn,
 }
 
-__all__ = ["Backend", "linear", "reference", "why_not"]
+__all__ = ["Backend", "linear", "linears", "reference", "why_not"]

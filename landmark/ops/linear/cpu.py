@@ -7,9 +7,11 @@ processor.
 
 from __future__ import annotations
 
-from ctypes import c_int, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import c_char_p, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from struct import Struct
 from typing import Any
 
 import torch
@@ -24,13 +26,14 @@ KERNELS = {torch.float32: "linear_f32", torch.bfloat16: "linear_bf16"}
 MAX_ROWS = 16  # beyond them the matrix product is as fast
 ONE_THREAD = 2**17  # bytes of weight that a second thread would not read any sooner
 MIN_PRODUCT = 2**21  # rows x in x out from which oneDNN's set-up pays
+_pack = Struct("3P2q").pack  # skinny.c's Map
 ONEDNN = torch.backends.mkldnn.is_available() and "mkldnn::_linear_pointwise" in torch._C._dispatch_get_all_op_names()
 ONEDNN_IS_FASTER = ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512" and "GenuineIntel" not in processor()
 
 
 @cache
 def _kernel(dtype: torch.dtype) -> Any:
-    return SOURCE.function(KERNELS[dtype], *[c_void_p] * 4, *[c_int64] * 5, c_int)
+    return SOURCE.function(KERNELS[dtype], c_void_p, c_char_p, *[c_int64] * 4, c_int)
 
 
 def why_not_skinny(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -76,19 +79,26 @@ def _why_not_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None
 _PLAIN = (Tensor, Parameter)
 
 
-def _skinny(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    (out, width), wld = weight.shape, weight.stride(0)
+def skinny_each(x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    """`skinny` by each of several weights and biases, in one call."""
     if not x.is_contiguous():
         x = x.contiguous()
-    if bias is not None and not bias.is_contiguous():
-        bias = bias.contiguous()
-    y = torch.empty((*x.shape[:-1], out), dtype=x.dtype)
-    threads = torch.get_num_threads() if out * width * x.itemsize > ONE_THREAD else 1
-    _kernel(x.dtype)(
-        x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
-        x.numel() // width, out, width, width, wld, threads,
-    )  # fmt: skip
-    return y
+    *lead, width = x.shape
+    maps = [(w, b if b is None or b.is_contiguous() else b.contiguous()) for w, b in maps]
+    found, table, size = [], b"", 0
+    for weight, bias in maps:
+        out = weight.shape[0]
+        y = x.new_empty((*lead, out))
+        table += _pack(weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), out, weight.stride(0))
+        size += out * width
+        found.append(y)
+    threads = torch.get_num_threads() if size * x.itemsize > ONE_THREAD else 1
+    _kernel(x.dtype)(x.data_ptr(), table, len(found), x.numel() // width, width, width, threads)
+    return found
+
+
+def _skinny(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return skinny_each(x, [(weight, bias)])[0]
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

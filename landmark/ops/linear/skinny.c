@@ -1,13 +1,181 @@
-// y = x W^T + b for few rows of x.
-#include "few.h"
+// y = x W^T + b for few rows of x: W is read once, in order, at memory speed.
+#include <stdlib.h>
+#include "lanes.h"
 
-// x [m, n] (row stride xld), w [out, n] (row stride wld), bias [out] or null -> y [m, out]; m <= 16.
-#define EXPORT(TYPE, HALF)                                                                                                 \
-    void linear_##TYPE(const void *x, const void *w, const void *bias, void *y, int64_t m, int64_t out, int64_t n,         \
-                       int64_t xld, int64_t wld, int threads) {                                                            \
-        const Rows rows = {w, 0, size(wld, PLAIN, HALF), 0, 0};                                                            \
-        FEW(rows, x, bias, y, m, out, n, xld, threads, PLAIN, HALF);                                                       \
+#ifdef __AVX512BF16__
+#define PAIRS 1  // bfloat16 products by vdpbf16ps, 32 at a time
+#else
+#define PAIRS 0
+#endif
+#define SIZE(half) ((half) ? 2 : 4)             // bytes of an element
+#define LANES(half) ((half) && PAIRS ? 32 : W)  // columns that a vector of W or of packed x holds
+#define SPAN 128     // columns that one step of the inner loop takes
+#define ROWS 16  // rows of W that share a block of columns, where x needs blocks
+#define MOST 8       // rows of x at a time
+#define CACHE 32768  // bytes of x that the first-level cache holds beside W's stream
+#define BLOCK 16384  // bytes of x in a block of columns, if all of it is more than CACHE
+#define AHEAD 8192   // bytes to prefetch ahead where W is read in order
+
+// Vector number u of the span of W at w.
+INLINE vf weights(const char *w, int u, const int half) {
+    if (!(half && PAIRS)) return load(w, u * W, half);
+    vf v;
+    memcpy(&v, w + u * sizeof v, sizeof v);
+    return v;
+}
+
+INLINE vf dot(vf w, const char *x, vf acc, const int half) {
+    vf v;
+    memcpy(&v, x, sizeof v);
+#if PAIRS
+    if (half) return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)v);
+#endif
+    return acc + w * v;
+}
+
+typedef struct {  // where some rows of W go on
+    const char *w;
+    int64_t wide, ahead;  // bytes to the next row, and to what is prefetched
+} Rows;
+
+// Adds vector u of R rows of W times M rows of x, of which packed x has m, to acc[R][M].
+INLINE void step(Rows at, const char *x, vf *acc, int u, const int R, const int M, const int half) {
+    vf v[2];
+    for (int r = 0; r < R; r++) v[r] = weights(at.w + r * at.wide, u, half);
+    for (int i = 0; i < M; i++)
+        for (int r = 0; r < R; r++) acc[r * M + i] = dot(v[r], x + i * sizeof(vf), acc[r * M + i], half);
+}
+
+// Adds n columns of R rows of W times M rows of packed x to part[M][ROWS].
+INLINE void strip(Rows at, const char *x, int64_t m, int64_t n, vf *part, const int R, const int M, const int half) {
+    const int lanes = LANES(half), sets = R * M <= 4 ? 4 : R * M <= 8 ? 2 : 1;
+    vf acc[16];  // [sets][R][M]
+    for (int i = 0; i < sets * R * M; i++) acc[i] = splat(0);
+#pragma GCC unroll 1
+    for (; n >= SPAN; n -= SPAN) {
+        for (int r = 0; r < R; r++)
+            for (int b = 0; b < SPAN * SIZE(half); b += 64) __builtin_prefetch(at.w + at.ahead + r * at.wide + b);
+#pragma GCC unroll 4
+        for (int u = 0; u < SPAN / lanes; u++, x += m * sizeof(vf)) step(at, x, acc + u % sets * R * M, u, R, M, half);
+        at.w += SPAN * SIZE(half);
+    }
+#pragma GCC unroll 1
+    for (int u = 0; n > 0; u++, n -= lanes, x += m * sizeof(vf)) {
+        char last[2][64] = {0};
+        Rows end = at;
+        int v = u;
+        if (n < lanes) {
+            for (int r = 0; r < R; r++) memcpy(last[r], at.w + r * at.wide + u * lanes * SIZE(half), n * SIZE(half));
+            end.w = last[0], end.wide = sizeof last[0], v = 0;
+        }
+        step(end, x, acc, v, R, M, half);
+    }
+    for (int i = 0; i < M; i++)
+        for (int r = 0; r < R; r++) {
+            for (int u = 1; u < sets; u++) acc[r * M + i] += acc[(u * R + r) * M + i];
+            part[i * ROWS + r] += acc[r * M + i];
+        }
+}
+
+INLINE void strips(Rows at, const char *x, int64_t m, int64_t some, int64_t n, vf *part, const int R, const int half) {
+    switch (some) {
+        case 1: strip(at, x, m, n, part, R, 1, half); break;
+        case 2: strip(at, x, m, n, part, R, 2, half); break;
+        case 3: strip(at, x, m, n, part, R, 3, half); break;
+        case 4: strip(at, x, m, n, part, R, 4, half); break;
+        case 5: strip(at, x, m, n, part, R, 5, half); break;
+        case 6: strip(at, x, m, n, part, R, 6, half); break;
+        case 7: strip(at, x, m, n, part, R, 7, half); break;
+        default: strip(at, x, m, n, part, R, MOST, half);
+    }
+}
+
+// x as [n / lanes][m][lanes], zero-padded: one stream, whatever m. bfloat16 where vdpbf16ps takes it, else float32.
+INLINE void pack(const char *x, char *packed, int64_t m, int64_t n, int64_t xld, const int half) {
+    const int64_t lanes = LANES(half), each = SIZE(half);
+    for (int64_t from = 0; from < n; from += lanes)
+        for (int64_t i = 0; i < m; i++, packed += sizeof(vf)) {
+            const int64_t at = i * xld + from, count = MIN(lanes, n - from);
+            if (half && !PAIRS) {
+                for (int64_t j = 0; j < count; j++) ((float *)packed)[j] = get(x, at + j, half);
+                for (int64_t j = count; j < lanes; j++) ((float *)packed)[j] = 0;
+            } else {
+                memcpy(packed, x + at * each, count * each);
+                memset(packed + count * each, 0, (lanes - count) * each);
+            }
+        }
+}
+
+typedef struct {
+    const char *w;     // [out, n], rows `wide` elements apart
+    const void *bias;  // [out] or null
+    char *y;           // [m, out]
+    int64_t out, wide;
+} Map;
+
+// Rows [from, to) of W. All columns of a row in one go if x fits the cache; else `width` columns of ROWS rows, then the next
+// ones. From five rows of x on, two rows of W at a time: x is read half as often, and more sums are under way.
+INLINE void share(const Map *map, const char *packed, int64_t m, int64_t from, int64_t to, int64_t n, int64_t width, const int half) {
+    const int64_t wide = map->wide * SIZE(half);
+    vf part[2 * MOST][ROWS];  // [m][ROWS]
+    for (int64_t o = from; o < to; o += ROWS) {
+        const int64_t rows = MIN(ROWS, to - o);
+        for (int64_t i = 0; i < m; i++)
+            for (int64_t r = 0; r < ROWS; r++) part[i][r] = splat(0);
+        for (int64_t k = 0; k < n; k += width)
+            for (int64_t r = 0; r < rows;) {
+                const int R = (m > 4 || width < n) && r + 2 <= rows ? 2 : 1;
+                const int64_t far = o * wide + (k + width) * SIZE(half);  // where the next block of columns begins
+                Rows at = {map->w + (o + r) * wide + k * SIZE(half), wide, AHEAD};
+                if (width < n) at.ahead = r + 2 < rows || k + width >= n ? 2 * wide : map->w + far - at.w;
+                for (int64_t i = 0; i < m; i += MOST) {
+                    const char *x = packed + (k / LANES(half) * m + i) * sizeof(vf);
+                    if (R == 2)
+                        strips(at, x, m, m - i, MIN(width, n - k), part[i] + r, 2, half);
+                    else
+                        strips(at, x, m, m - i, MIN(width, n - k), part[i] + r, 1, half);
+                }
+                r += R;
+            }
+        for (int64_t i = 0; i < m; i++)
+            for (int64_t r = 0; r < rows; r += W) {
+                const int64_t at = i * map->out + o + r, left = rows - r;
+                vf v = sums(part[i] + r);
+                if (left >= W) {
+                    if (map->bias) v += load(map->bias, o + r, half);
+                    store(map->y, at, v, half);
+                } else {
+                    if (map->bias) v += load_n(map->bias, o + r, left, 0, half);
+                    store_n(map->y, at, left, v, half);
+                }
+            }
+    }
+}
+
+// Columns of W in a block: all if packed x fits the cache.
+INLINE int64_t block(int64_t m, int64_t n, const int half) {
+    const int64_t span = m * SPAN / LANES(half) * (int64_t)sizeof(vf);
+    return (n + SPAN - 1) / SPAN * span <= CACHE ? n : MAX(1, BLOCK / span) * SPAN;
+}
+
+// x [m, n] (row stride xld) times each of `count` maps; m <= 16. A macro, for a thread's part of the loop is a function of its
+// own, which would not see that HALF is a constant.
+#define LINEAR(TYPE, HALF)                                                                                                 \
+    void linear_##TYPE(const char *x, const Map *maps, int64_t count, int64_t m, int64_t n, int64_t xld, int threads) {    \
+        const int64_t lanes = LANES(HALF), width = block(m, n, HALF);                                                      \
+        int64_t all = 0;                                                                                                   \
+        for (int64_t i = 0; i < count; i++) all += maps[i].out;                                                            \
+        char *packed = aligned_alloc(64, ((n + lanes - 1) / lanes * m * sizeof(vf) + 63) / 64 * 64);                       \
+        if (!packed) abort();                                                                                              \
+        pack(x, packed, m, n, xld, HALF);                                                                                  \
+        _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)")                                 \
+        for (int t = 0; t < threads; t++)                                                                                  \
+            for (int64_t i = 0, from = all * t / threads, to = all * (t + 1) / threads; i < count; i++) {                  \
+                share(maps + i, packed, m, MAX(0, from), MIN(maps[i].out, to), n, width, HALF);                            \
+                from -= maps[i].out, to -= maps[i].out;                                                                    \
+            }                                                                                                              \
+        free(packed);                                                                                                      \
     }
 
-EXPORT(f32, 0)
-EXPORT(bf16, 1)
+LINEAR(f32, 0)
+LINEAR(bf16, 1)

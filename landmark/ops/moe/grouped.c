@@ -3,7 +3,7 @@
 // All three products are tiles of 8 rows of `a`, whose elements are broadcast, times a panel of V vectors of `b` that is
 // packed [k][V * W]. A step of k is a float, or two bfloat16 that vdpbf16ps takes at once.
 #include <stdlib.h>
-#include "vector.h"
+#include "lanes.h"
 
 #ifdef __AVX512BF16__
 #define PAIRS 1
@@ -105,24 +105,6 @@ INLINE void pack_columns(const char *b, int64_t ld, int64_t k, int64_t n, char *
             memcpy(panel, b + i * ld * 4, n * 4);
             memset(panel + n * 4, 0, (lanes - n) * STEP);
         }
-    }
-}
-
-// Column j of the W vectors v becomes vector j.
-INLINE void transpose(vf *v) {
-#pragma GCC unroll 5
-    for (int s = 1; s < W; s *= 2) {
-        vi low, high;  // which lanes of a pair of vectors go to the first and to the second
-        for (int l = 0; l < W; l++) {
-            low[l] = l & s ? l - s + W : l;
-            high[l] = l & s ? l + W : l + s;
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < W; i++)
-            if (!(i & s)) {
-                const vf a = v[i], b = v[i | s];
-                v[i] = __builtin_shuffle(a, b, low), v[i | s] = __builtin_shuffle(a, b, high);
-            }
     }
 }
 

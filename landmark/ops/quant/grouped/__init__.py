@@ -1,16 +1,17 @@
 """Linear maps whose weights are codes of 4 or 8 bits in groups of 32: read at memory speed where rows are few.
 
-Up to `MAX_ROWS` rows meet weights that are restored in registers, in the precision of x; more rows a weight that is
-restored in memory, which is the same numbers.
+Up to `MAX_ROWS` rows of x meet integers that are restored in registers, and a row's result does not depend on how many
+there are; more rows meet a weight that is restored in memory, in the precision of x.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from ctypes import c_int, c_int64, c_void_p
+from collections.abc import Callable, Sequence
+from ctypes import c_char_p, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from struct import Struct
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,23 @@ from torch import Tensor
 from ...inference import inference_op
 from ...native import Source
 from . import reference
-from .reference import GROUP, STEP, Bits, quantise
+from .reference import Bits, quantise, restore_rows, shape
 
 Backend = Literal["reference", "few", "restored"]
 SOURCE = Source(Path(__file__).with_name("grouped.c"))
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 MAX_ROWS = 16
 ONE_THREAD = 2**17  # bytes of codes that a second thread would not read any sooner
+_pack = Struct("4Pq").pack  # grouped.c's Map
+
+
+class Map(NamedTuple):
+    """x -> x W^T + b by the codes of a W [rows, width]."""
+
+    codes: Tensor  # uint8 [tiles, groups, 64 * bits]
+    scales: Tensor  # float16 [tiles, groups, 16]
+    bias: Tensor | None  # [rows], of x's type
+    rows: int
 
 
 def why_not(backend: Backend, x: Tensor, codes: Tensor) -> str | None:
@@ -36,7 +47,7 @@ def why_not(backend: Backend, x: Tensor, codes: Tensor) -> str | None:
         return None
     if not (x.is_cpu and codes.is_cpu):
         return f"it runs on cpu, not {x.device.type}"
-    if x.dtype not in (torch.float32, torch.bfloat16):
+    if x.dtype not in SUFFIX:
         return f"it takes float32 and bfloat16, not {x.dtype}"
     if backend == "few":
         if torch.is_grad_enabled() and x.requires_grad:
@@ -47,73 +58,98 @@ def why_not(backend: Backend, x: Tensor, codes: Tensor) -> str | None:
 
 
 def linear(
-    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: Bits, *, backend: Backend | None = None
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    bits: Bits,
+    rows: int,
+    *,
+    backend: Backend | None = None,
 ) -> Tensor:
-    """y = x W^T + b; x [..., in], codes uint8 [out, bytes] and scales float16 [out, groups] as `quantise` makes them,
-    bias [out] of x's type -> [..., out]. Differentiable in x."""
+    """y = x W^T + b; x [..., width], codes and scales as `quantise` makes them of a W [rows, width], bias [rows] of x's
+    type -> [..., rows]. Differentiable in x."""
     if backend is not None:
         if (reason := why_not(backend, x, codes)) is not None:
             raise ValueError(f"backend {backend!r} cannot run: {reason}")
-        return _RUN[backend](x, codes, scales, bias, bits)
+        return _RUN[backend](x, codes, scales, bias, bits, rows)
     if why_not("few", x, codes) is None:
-        return few(x, codes, scales, bias, bits)
+        return few(x, codes, scales, bias, bits, rows)
     if why_not("restored", x, codes) is None:
-        return _restored(x, codes, scales, bias, bits)
-    return reference.linear(x, codes, scales, bias, bits)
+        return _restored(x, codes, scales, bias, bits, rows)
+    return reference.linear(x, codes, scales, bias, bits, rows)
 
 
-def restore(codes: Tensor, scales: Tensor, bits: Bits, width: int, dtype: torch.dtype) -> Tensor:
-    """The weight [out, width] that codes and scales stand for."""
-    if codes.is_cpu and dtype in (torch.float32, torch.bfloat16) and SOURCE.why_not() is None:
-        return _restore(codes, scales, bits, width, dtype)
-    return reference.restore(codes, scales, bits, width, dtype)
+def linears(x: Tensor, maps: Sequence[Map], bits: Bits) -> list[Tensor]:
+    """`linear` by each of several maps, for few rows of x in one call."""
+    if why_not("few", x, maps[0].codes) is None and not torch.compiler.is_compiling():
+        return _few_each(x, maps, bits)
+    return [linear(x, m.codes, m.scales, m.bias, bits, m.rows) for m in maps]
 
 
-def _restored(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: Bits) -> Tensor:
-    return F.linear(x, _restore(codes, scales, bits, x.shape[-1], x.dtype), bias)
+def restore(codes: Tensor, scales: Tensor, bits: Bits, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """The weight [rows, width] that codes and scales stand for."""
+    if codes.is_cpu and dtype in SUFFIX and SOURCE.why_not() is None:
+        return _restore(codes, scales, bits, rows, width, dtype)
+    return reference.restore(codes, scales, bits, rows, width, dtype)
+
+
+def _restored(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: Bits, rows: int) -> Tensor:
+    return F.linear(x, _restore(codes, scales, bits, rows, x.shape[-1], x.dtype), bias)
 
 
 @cache
 def _kernel(bits: int, dtype: torch.dtype) -> Any:
-    return SOURCE.function(f"grouped{bits}_{SUFFIX[dtype]}", *[c_void_p] * 5, *[c_int64] * 3, c_int)
+    return SOURCE.function(f"linear{bits}_{SUFFIX[dtype]}", c_void_p, c_char_p, *[c_int64] * 3, c_int)
 
 
-def _few(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> Tensor:
-    x, out = x.contiguous(), codes.shape[0]
-    y = torch.empty((*x.shape[:-1], out), dtype=x.dtype)
-    threads = torch.get_num_threads() if codes.numel() > ONE_THREAD else 1
-    _kernel(bits, x.dtype)(
-        x.data_ptr(), codes.data_ptr(), scales.data_ptr(), None if bias is None else bias.contiguous().data_ptr(),
-        y.data_ptr(), x.numel() // x.shape[-1], out, x.shape[-1], threads,
-    )  # fmt: skip
-    return y
+def _few_each(x: Tensor, maps: Sequence[Map], bits: int) -> list[Tensor]:
+    x = x.contiguous()
+    *lead, width = x.shape
+    maps = [m if m.bias is None or m.bias.is_contiguous() else m._replace(bias=m.bias.contiguous()) for m in maps]
+    found, table, size = [], b"", 0
+    for codes, scales, bias, rows in maps:
+        y = x.new_empty((*lead, rows))
+        table += _pack(codes.data_ptr(), scales.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), rows)
+        size += codes.numel()
+        found.append(y)
+    threads = torch.get_num_threads() if size > ONE_THREAD else 1
+    _kernel(bits, x.dtype)(x.data_ptr(), table, len(found), x.numel() // width, width, threads)
+    return found
 
 
-def _fake(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], codes.shape[0])
+def _few(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int, rows: int) -> Tensor:
+    return _few_each(x, [Map(codes, scales, bias, rows)], bits)[0]
+
+
+def _fake(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int, rows: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
 
 
 few = inference_op("grouped_few", _few, _fake)
 
 
 @torch.library.custom_op("landmark::grouped_restore", mutates_args=())
-def _restore(codes: Tensor, scales: Tensor, bits: int, width: int, dtype: torch.dtype) -> Tensor:
-    y = torch.empty(codes.shape[0], width, dtype=dtype)
+def _restore(codes: Tensor, scales: Tensor, bits: int, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    y = torch.empty(rows, width, dtype=dtype)
     kernel = SOURCE.function(f"restore{bits}_{SUFFIX[dtype]}", *[c_void_p] * 3, *[c_int64] * 2, c_int)
     threads = torch.get_num_threads() if codes.numel() > ONE_THREAD else 1
-    kernel(codes.data_ptr(), scales.data_ptr(), y.data_ptr(), codes.shape[0], width, threads)
+    kernel(codes.data_ptr(), scales.data_ptr(), y.data_ptr(), rows, width, threads)
     return y
 
 
 @_restore.register_fake
-def _(codes: Tensor, scales: Tensor, bits: int, width: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(codes.shape[0], width, dtype=dtype, device=codes.device)
+def _(codes: Tensor, scales: Tensor, bits: int, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(rows, width, dtype=dtype, device=codes.device)
 
 
-_RUN: dict[Backend, Callable[[Tensor, Tensor, Tensor, Tensor | None, Bits], Tensor]] = {
+_RUN: dict[Backend, Callable[[Tensor, Tensor, Tensor, Tensor | None, Bits, int], Tensor]] = {
     "reference": reference.linear,
     "few": few,
     "restored": _restored,
 }
 
-__all__ = ["GROUP", "STEP", "Backend", "Bits", "linear", "quantise", "reference", "restore", "why_not"]
+__all__ = [
+    "Backend", "Bits", "Map", "linear", "linears", "quantise", "reference", "restore", "restore_rows", "shape",
+    "why_not",
+]  # fmt: skip

@@ -1,48 +1,283 @@
-// y = x W^T + b for few rows of x and a W of codes, and that W restored.
-#include "few.h"
+// y = x W^T + b for few rows of x and matrices of codes, and those matrices restored. A code is an integer; every 32
+// columns of a row have a scale (float16). Codes lie in tiles of 16 rows, a lane of a vector a row: sums never leave their
+// lane, and are added up in the same order whatever the number of rows of x.
+#include <stdlib.h>
+#include "lanes.h"
 
-#define PIECE 64  // columns that rows of codes are padded to; of 4 bits, twice as many
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+#define PAIRS 1  // bfloat16 products by vdpbf16ps, two columns at a time
+#else
+#define PAIRS 0
+#endif
+#define TILE 16         // rows of W
+#define GROUP 32        // columns that share a scale
+#define PARTS (TILE / W)  // vectors of floats for a tile
+#define MOST 8          // rows of x at a time
+#define AHEAD 4096      // bytes to prefetch ahead of the codes that are read
+#define BYTES(bits) (TILE * GROUP * (bits) / 8)  // of a tile's group
 
-INLINE int64_t pieces(int64_t n) { return (n + PIECE - 1) / PIECE; }
-INLINE int64_t bytes(int64_t n, const int bits) { return bits == 4 ? (pieces(n) + 1) / 2 * PIECE : pieces(n) * PIECE; }
+INLINE int64_t groups_of(int64_t n) { return (n + GROUP - 1) / GROUP; }
+INLINE int64_t tiles_of(int64_t rows) { return (rows + TILE - 1) / TILE; }
 
-// x [m, n], codes w [out, bytes], scales s [out, pieces * 2], bias [out] or null -> y [m, out]; x, bias and y of one type.
-#define EXPORT(BITS, TYPE, HALF)                                                                                           \
-    void grouped##BITS##_##TYPE(const void *x, const void *w, const uint16_t *s, const void *bias, void *y, int64_t m,     \
-                                int64_t out, int64_t n, int threads) {                                                     \
-        const Rows rows = {w, s, bytes(n, BITS), pieces(n) * 2, 0};                                                        \
-        FEW(rows, x, bias, y, m, out, n, n, threads, BITS, HALF);                                                          \
+INLINE float from_half(uint16_t h) {
+#ifdef __F16C__
+    return _cvtsh_ss(h);
+#else
+    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
+    uint32_t u = (rest << 13) + 0x38000000;
+    float f;
+    if (rest >= 0x7c00) u += 0x38000000;
+    memcpy(&f, &u, 4);
+    if (rest < 0x400) f = (float)rest * 5.9604644775390625e-8f;
+    memcpy(&u, &f, 4);
+    u |= sign;
+    memcpy(&f, &u, 4);
+    return f;
+#endif
+}
+
+INLINE vf scales(const uint16_t *s) {
+#ifdef __AVX512F__
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)s));
+#else
+    vf v;
+    for (int j = 0; j < W; j++) v[j] = from_half(s[j]);
+    return v;
+#endif
+}
+
+// Column k of W rows of a tile's group at w, from row `first` on, as integers in floats. Of 4 bits, a row owns 4 bytes of
+// each of four vectors of 64, for 8 columns: the even ones in the low two, from the low bits on, the odd ones in the
+// others. Of 8 bits (a sign and a magnitude), a vector is for 4 columns: bytes 16 j to 16 j + 7 for two of rows 4 j to
+// 4 j + 3, and as many for the next two.
+INLINE vf column(const char *w, int k, int first, const int bits) {
+    if (bits == 4) {
+        vu v;
+        memcpy(&v, w + k / 8 * 64 + first * 4, sizeof v);
+        return __builtin_convertvector((vi)(v >> (k % 8 / 2 * 4 + k % 2 * 16) & 15) - 8, vf);
     }
+    typedef int64_t vq __attribute__((vector_size(4 * W)));
+    vq all, own;
+    for (int j = 0; j < W / 2; j++) own[j] = 2 * j % (W / 2) + k % 4 / 2;
+    memcpy(&all, w + k / 4 * 64 + first * 4, sizeof all);
+    all = __builtin_shuffle(all, own);
+    vh two;
+    memcpy(&two, &all, sizeof two);
+    const vu v = __builtin_convertvector(two, vu) >> (k % 2 * 8);
+    return (vf)((vu)__builtin_convertvector((vi)(v & 127), vf) | (v & 128) << 24);
+}
 
-EXPORT(4, f32, 0)
-EXPORT(4, bf16, 1)
-EXPORT(8, f32, 0)
-EXPORT(8, bf16, 1)
+#if PAIRS
+typedef struct {
+    __m512i low[2], high[2];  // of 4 bits, low[0] has their bfloat16; of 8, two bytes of the bfloat16 of 0 to 127
+} Tables;
 
-// Columns [k, k + count) of a row, a whole number of vectors; `count` at most SPAN.
-INLINE void restore(const char *w, const uint16_t *s, char *y, int64_t count, const int bits, const int half) {
-    const int lanes = LANES(half);
-    for (int u = 0; u * lanes < count; u++) {
-        const vf v = weights(w, s, u, bits, half);
-        const int64_t left = count - u * lanes;
-        if (half && PAIRS)
-            memcpy(y + u * lanes * 2, &v, MIN(left * 2, (int64_t)sizeof v));
-        else if (left >= W)
-            store(y, u * W, v, half);
-        else
-            store_n(y, u * W, left, v, half);
+INLINE Tables tables(const int bits) {
+    Tables t;
+    uint8_t bytes[2][128];
+    for (int m = 0; m < 128; m++) {
+        const bf16 b = narrow(m);
+        bytes[0][m] = b & 255, bytes[1][m] = b >> 8;
+    }
+    bf16 four[32];  // twice: an index has five bits, of which the last belongs to another code
+    for (int j = 0; j < 32; j++) four[j] = narrow(j % 16 - 8);
+    for (int i = 0; i < 2; i++) {
+        t.low[i] = bits == 4 ? _mm512_loadu_si512(four) : _mm512_loadu_si512(bytes[0] + 64 * i);
+        t.high[i] = _mm512_loadu_si512(bytes[1] + 64 * i);
+    }
+    return t;
+}
+
+// Columns 2 p and 2 p + 1 of 16 rows as bfloat16.
+INLINE __m512i pair(const char *w, int p, const Tables *t, const int bits) {
+    const __m512i v = _mm512_loadu_si512(w + p / (16 / bits) * 64);
+    if (bits == 4) return _mm512_permutexvar_epi16(p % 4 ? _mm512_srli_epi16(v, p % 4 * 4) : v, t->low[0]);
+    const __m512i low = _mm512_permutex2var_epi8(t->low[0], v, t->low[1]);
+    const __m512i high = _mm512_permutex2var_epi8(t->high[0], v, t->high[1]);
+    const __m512i signs = _mm512_ternarylogic_epi32(high, v, _mm512_set1_epi8(-128), 0xf8);  // high | v & 128
+    return p % 2 ? _mm512_unpackhi_epi8(low, signs) : _mm512_unpacklo_epi8(low, signs);
+}
+
+// acc[R][M] = R tiles' group times M rows of packed x.
+INLINE void products(const char *const *w, const char *x, const Tables *t, vf *acc, const int R, const int M, const int bits) {
+    for (int i = 0; i < R * M; i++) acc[i] = splat(0);
+#pragma GCC unroll 16
+    for (int p = 0; p < GROUP / 2; p++) {
+        __m512i v[2];
+        for (int r = 0; r < R; r++) v[r] = pair(w[r], p, t, bits);
+        for (int i = 0; i < M; i++) {
+            int32_t both;
+            memcpy(&both, x + (p * M + i) * 4, 4);
+            const __m512bh y = (__m512bh)_mm512_set1_epi32(both);
+            for (int r = 0; r < R; r++) acc[r * M + i] = (vf)_mm512_dpbf16_ps((__m512)acc[r * M + i], (__m512bh)v[r], y);
+        }
+    }
+}
+#endif
+
+// The same of one of a tile's `PARTS`, in float32.
+INLINE void products_f32(const char *const *w, const float *x, int part, vf *acc, const int R, const int M, const int bits) {
+    for (int i = 0; i < R * M; i++) acc[i] = splat(0);
+#pragma GCC unroll 32
+    for (int k = 0; k < GROUP; k++) {
+        vf v[2];
+        for (int r = 0; r < R; r++) v[r] = column(w[r], k, part * W, bits);
+        for (int i = 0; i < M; i++) {
+            const vf y = splat(x[k * M + i]);
+            for (int r = 0; r < R; r++) acc[r * M + i] += v[r] * y;
+        }
     }
 }
 
-// Codes w [rows, bytes] and scales s [rows, pieces * 2] -> y [rows, n].
+typedef struct {
+    const char *w;      // [tiles, groups, BYTES]
+    const uint16_t *s;  // [tiles, groups, TILE]
+    const void *bias;   // [out] or null
+    char *y;            // [m, out]
+    int64_t out;
+} Map;
+
+// R tiles from number `tile` on, times M rows of packed x, which become y's rows from `row` on.
+INLINE void tiles(const Map *map, int64_t n, const char *x, int64_t tile, int64_t row, const int R, const int M, const int bits,
+                  const int half) {
+    const int64_t groups = groups_of(n);
+    const char *w[2];
+    const uint16_t *s[2];
+    for (int r = 0; r < R; r++) w[r] = map->w + (tile + r) * groups * BYTES(bits), s[r] = map->s + (tile + r) * groups * TILE;
+    vf total[2 * MOST * PARTS], acc[2 * MOST];
+    for (int i = 0; i < R * M * PARTS; i++) total[i] = splat(0);
+#if PAIRS
+    const Tables t = tables(bits);
+#endif
+#pragma GCC unroll 1
+    for (int64_t g = 0; g < groups; g++) {
+        for (int r = 0; r < R; r++)
+            for (int b = 0; b < BYTES(bits); b += 64) __builtin_prefetch(w[r] + AHEAD + b);
+        for (int part = 0; part < PARTS; part++) {
+#if PAIRS
+            if (half)
+                products(w, x, &t, acc, R, M, bits);
+            else
+#endif
+                products_f32(w, (const float *)x, part, acc, R, M, bits);
+            for (int r = 0; r < R; r++) {
+                const vf scale = scales(s[r] + part * W);
+                for (int i = 0; i < M; i++) total[(r * M + i) * PARTS + part] += acc[r * M + i] * scale;
+            }
+        }
+        for (int r = 0; r < R; r++) w[r] += BYTES(bits), s[r] += TILE;
+        x += GROUP * M * (half && PAIRS ? 2 : 4);
+    }
+    for (int r = 0; r < R; r++)
+        for (int part = 0; part < PARTS; part++) {
+            const int64_t o = (tile + r) * TILE + part * W, left = MIN(map->out - o, W);
+            for (int i = 0; i < M && left > 0; i++) {
+                vf v = total[(r * M + i) * PARTS + part];
+                if (map->bias) v += left == W ? load(map->bias, o, half) : load_n(map->bias, o, left, 0, half);
+                if (left == W)
+                    store(map->y, (row + i) * map->out + o, v, half);
+                else
+                    store_n(map->y, (row + i) * map->out + o, left, v, half);
+            }
+        }
+}
+
+// Tiles [from, to). From three rows of x on, two at a time: x is read half as often, and more sums are under way.
+INLINE void share(const Map *map, int64_t n, const char *x, int64_t from, int64_t to, int64_t row, const int M, const int bits,
+                  const int half) {
+    if (M > 2)
+#pragma GCC unroll 1
+        for (; from + 2 <= to; from += 2) tiles(map, n, x, from, row, 2, M, bits, half);
+#pragma GCC unroll 1
+    for (; from < to; from++) tiles(map, n, x, from, row, 1, M, bits, half);
+}
+
+INLINE void shares(const Map *map, int64_t n, const char *x, int64_t from, int64_t to, int64_t row, int64_t some, const int bits,
+                   const int half) {
+    switch (some) {
+        case 1: share(map, n, x, from, to, row, 1, bits, half); break;
+        case 2: share(map, n, x, from, to, row, 2, bits, half); break;
+        case 3: share(map, n, x, from, to, row, 3, bits, half); break;
+        case 4: share(map, n, x, from, to, row, 4, bits, half); break;
+        case 5: share(map, n, x, from, to, row, 5, bits, half); break;
+        case 6: share(map, n, x, from, to, row, 6, bits, half); break;
+        case 7: share(map, n, x, from, to, row, 7, bits, half); break;
+        default: share(map, n, x, from, to, row, MOST, bits, half);
+    }
+}
+
+// x [m, n], MOST rows at a time, as [columns or pairs of them][rows], zero-padded to whole groups.
+INLINE void pack(const char *x, char *packed, int64_t m, int64_t n, const int half) {
+    const int64_t wide = groups_of(n) * GROUP;
+    for (int64_t from = 0; from < m; from += MOST) {
+        const int64_t rows = MIN(MOST, m - from);
+        for (int64_t i = 0; i < rows; i++) {
+            const int64_t at = (from + i) * n;
+            if (half && PAIRS)
+                for (int64_t k = 0; k < wide; k += 2) {
+                    const uint32_t a = k < n ? ((const bf16 *)x)[at + k] : 0, b = k + 1 < n ? ((const bf16 *)x)[at + k + 1] : 0;
+                    ((uint32_t *)packed)[k / 2 * rows + i] = a | b << 16;
+                }
+            else
+                for (int64_t k = 0; k < wide; k++) ((float *)packed)[k * rows + i] = k < n ? get(x, at + k, half) : 0;
+        }
+        packed += wide * rows * (half && PAIRS ? 2 : 4);
+    }
+}
+
+// x [m, n] times each of `count` maps. A macro, for a thread's part of the loop is a function of its own, which would not
+// see that BITS and HALF are constants.
+#define LINEAR(BITS, TYPE, HALF)                                                                                           \
+    void linear##BITS##_##TYPE(const char *x, const Map *maps, int64_t count, int64_t m, int64_t n, int threads) {         \
+        const int64_t wide = groups_of(n) * GROUP * (HALF && PAIRS ? 2 : 4);                                               \
+        int64_t all = 0;                                                                                                   \
+        for (int64_t i = 0; i < count; i++) all += tiles_of(maps[i].out);                                                  \
+        char *packed = aligned_alloc(64, (wide * m + 63) / 64 * 64);                                                       \
+        if (!packed) abort();                                                                                              \
+        pack(x, packed, m, n, HALF);                                                                                       \
+        _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)")                                 \
+        for (int t = 0; t < threads; t++)                                                                                  \
+            for (int64_t i = 0, from = all * t / threads, to = all * (t + 1) / threads; i < count; i++) {                  \
+                const int64_t own = tiles_of(maps[i].out);                                                                 \
+                for (int64_t row = 0; row < m; row += MOST)                                                                \
+                    shares(maps + i, n, packed + row * wide, MAX(0, from), MIN(own, to), row, m - row, BITS, HALF);        \
+                from -= own, to -= own;                                                                                    \
+            }                                                                                                              \
+        free(packed);                                                                                                      \
+    }
+
+LINEAR(4, f32, 0)
+LINEAR(4, bf16, 1)
+LINEAR(8, f32, 0)
+LINEAR(8, bf16, 1)
+
+// A tile's group at w as numbers -> y, of which there are `rows` rows, n columns apart, and `columns` columns.
+INLINE void restore(const char *w, const uint16_t *s, char *y, int64_t rows, int64_t columns, int64_t n, const int bits,
+                    const int half) {
+    for (int first = 0; first < MIN(rows, TILE); first += W)
+        for (int k = 0; k < MIN(columns, GROUP); k += W) {
+            vf v[W];
+            for (int j = 0; j < W; j++) v[j] = column(w, k + j, first, bits) * scales(s + first);
+            transpose(v);
+            for (int r = 0; r < MIN(rows - first, W); r++) {
+                const int64_t at = (first + r) * n + k, left = columns - k;
+                if (left >= W)
+                    store(y, at, v[r], half);
+                else
+                    store_n(y, at, left, v[r], half);
+            }
+        }
+}
+
+// Codes w and scales s of a map -> y [rows, n].
 #define RESTORE(BITS, TYPE, HALF)                                                                                          \
     void restore##BITS##_##TYPE(const char *w, const uint16_t *s, char *y, int64_t rows, int64_t n, int threads) {         \
-        const int64_t wide = bytes(n, BITS), spread = pieces(n) * 2, each = HALF ? 2 : 4;                                  \
+        const int64_t groups = groups_of(n);                                                                               \
         _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)")                                 \
-        for (int64_t o = 0; o < rows; o++)                                                                                 \
-            for (int64_t k = 0; k < n; k += SPAN)                                                                          \
-                restore(w + o * wide + size(k, BITS, HALF), s + o * spread + k / GROUP, y + (o * n + k) * each,            \
-                        MIN(SPAN, n - k), BITS, HALF);                                                                     \
+        for (int64_t t = 0; t < tiles_of(rows); t++)                                                                       \
+            for (int64_t g = 0; g < groups; g++)                                                                           \
+                restore(w + (t * groups + g) * BYTES(BITS), s + (t * groups + g) * TILE,                                   \
+                        y + (t * TILE * n + g * GROUP) * (HALF ? 2 : 4), rows - t * TILE, n - g * GROUP, n, BITS, HALF);   \
     }
 
 RESTORE(4, f32, 0)

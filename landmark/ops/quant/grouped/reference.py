@@ -1,4 +1,13 @@
-"""Weights as codes of 4 or 8 bits in groups of 32, with a float16 scale each: w = scale * (code - 2^(bits - 1))."""
+"""Weights as integers of 4 or 8 bits, with a float16 scale for every 32 columns of a row: w = scale * integer.
+
+They lie in tiles of 16 rows and 32 columns, so that a kernel's vectors take a row to a lane. codes uint8
+[tiles, groups, 64 * bits] and scales float16 [tiles, groups, 16]; rows and columns are padded with zeros.
+
+4 bits, -8 to 7, are kept plus 8. Of a tile's four times 64 bytes each is for eight columns, and a row's are four bytes
+in a row: the even columns in the low two, from the low bits on, the odd ones in the high two. 8 bits, -127 to 127, are
+kept as sign and magnitude. Each of eight times 64 bytes is for four columns, and each 16 of them for four rows: the
+first two columns of these, then the other two.
+"""
 
 from __future__ import annotations
 
@@ -9,46 +18,70 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Bits = Literal[4, 8]
-GROUP, STEP = 32, 64  # columns that share a scale; columns that a row of codes and scales is padded to a multiple of
+TILE, GROUP = 16, 32
+
+
+def shape(rows: int, width: int) -> tuple[int, int]:
+    """How many tiles and groups a weight [rows, width] has."""
+    return -(-rows // TILE), -(-width // GROUP)
 
 
 def quantise(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
-    """weight [out, in] -> codes uint8 [out, bytes], scales float16 [out, 2 * ceil(in / 64)]: rounding to the nearest.
+    """weight [rows, width] -> codes and scales: rounding to the nearest.
 
-    The number of largest magnitude in a group decides its scale: for 4 bits it becomes the code 0, as there is one
-    more negative number than positive ones.
+    The number of largest magnitude in a group decides its scale: for 4 bits it becomes -8, as there is one more
+    negative number than positive ones.
     """
-    zero = 1 << (bits - 1)
-    groups = F.pad(weight.float(), (0, -weight.shape[1] % STEP)).unflatten(1, (-1, GROUP))
-    extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True))
-    scales = (extreme / (-zero if bits == 4 else zero - 1)).to(torch.float16)
-    codes = (groups / torch.where(scales == 0, 1, scales.float())).round().clamp(-zero, zero - 1) + zero
-    return pack(codes.flatten(1).to(torch.uint8), bits), scales[..., 0]
+    tiles, columns = shape(*weight.shape)
+    rows, width = weight.shape
+    whole = F.pad(weight.float(), (0, columns * GROUP - width, 0, tiles * TILE - rows))
+    groups = whole.unflatten(1, (columns, GROUP)).unflatten(0, (tiles, TILE)).transpose(1, 2)
+    lowest, highest = groups.aminmax(dim=3)
+    extreme = torch.where(-lowest >= highest, lowest, highest)
+    scales = (extreme / (-8 if bits == 4 else 127)).to(torch.float16)
+    ratio = torch.where(scales == 0, 0, 1 / scales.float())
+    numbers = (groups * ratio[..., None]).round_().clamp_(-8 if bits == 4 else -127, 7 if bits == 4 else 127)
+    return pack(numbers, bits), scales
 
 
-def pack(codes: Tensor, bits: Bits) -> Tensor:
-    """uint8 codes [out, n], n a multiple of 64 -> [out, bytes]. Of 4 bits, 64 bytes hold 128: byte j has column j in
-    its low half and column 64 + j in its high half."""
-    if bits == 8:
-        return codes
-    low, high = F.pad(codes, (0, -codes.shape[1] % (2 * STEP))).unflatten(1, (-1, 2, STEP)).unbind(2)
-    return (low | high << 4).flatten(1)
+def pack(numbers: Tensor, bits: Bits) -> Tensor:
+    """Integers [tiles, groups, 16, 32], of any type -> codes [tiles, groups, 64 * bits]."""
+    if bits == 4:
+        codes = (numbers + 8).to(torch.uint8).unflatten(3, (4, 2, 2, 2))  # 64 bytes, byte, half of it, odd
+        low, high = codes.unbind(5)
+        return (low | high << 4).permute(0, 1, 3, 2, 5, 4).flatten(2)
+    codes = (numbers.abs() + 128 * (numbers < 0)).to(torch.uint8).unflatten(3, (8, 2, 2)).unflatten(2, (4, 4))
+    return codes.permute(0, 1, 4, 2, 5, 3, 6).flatten(2)  # 64 bytes, 4 rows, 2 columns, row, column
 
 
-def unpack(packed: Tensor, bits: Bits) -> Tensor:
-    """The inverse of `pack`, without the columns that it added to fill bytes for 8 bits; 4 bits keep theirs."""
-    if bits == 8:
-        return packed
-    blocks = packed.unflatten(1, (-1, STEP))
-    return torch.stack([blocks & 15, blocks >> 4], 2).flatten(1)
+def unpack(codes: Tensor, bits: Bits) -> Tensor:
+    """The inverse of `pack`, as float32."""
+    if bits == 4:
+        parts = codes.unflatten(2, (4, TILE, 2, 2)).permute(0, 1, 3, 2, 5, 4)
+        return (torch.stack([parts & 15, parts >> 4], 5).flatten(3)).float() - 8
+    parts = codes.unflatten(2, (8, 4, 2, 4, 2)).permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)
+    return (parts & 127).float() * (1 - (parts >> 7).float() * 2)
 
 
-def restore(codes: Tensor, scales: Tensor, bits: Bits, width: int, dtype: torch.dtype) -> Tensor:
-    """The weight [out, width] that codes and scales stand for."""
-    whole = unpack(codes, bits)[:, : scales.shape[1] * GROUP].to(torch.float32) - (1 << (bits - 1))
-    return (whole.unflatten(1, (-1, GROUP)) * scales.float()[..., None]).flatten(1)[:, :width].to(dtype)
+def restore(codes: Tensor, scales: Tensor, bits: Bits, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """The weight [rows, width] that codes and scales stand for."""
+    groups = unpack(codes, bits) * scales.float()[..., None]
+    return groups.transpose(1, 2).flatten(2).flatten(0, 1)[:rows, :width].to(dtype)
 
 
-def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: Bits) -> Tensor:
-    """x [..., in] times the restored weight."""
-    return F.linear(x, restore(codes, scales, bits, x.shape[-1], x.dtype), bias)
+def restore_rows(codes: Tensor, scales: Tensor, bits: Bits, ids: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Rows `ids` [n] of the weight, [n, width]."""
+    tile, row = ids // TILE, ids % TILE
+    if bits == 4:
+        found = codes.unflatten(2, (4, TILE, 4))[tile, :, :, row]  # [n, groups, 4, 4]
+        parts = found.unflatten(3, (2, 2)).transpose(3, 4)
+        numbers = torch.stack([parts & 15, parts >> 4], 4).flatten(2).float() - 8
+    else:
+        found = codes.unflatten(2, (8, 4, 2, 4, 2))[tile, :, :, row // 4, :, row % 4].flatten(2)
+        numbers = (found & 127).float() * (1 - (found >> 7).float() * 2)
+    return (numbers * scales[tile, :, row].float()[..., None]).flatten(1)[:, :width].to(dtype)
+
+
+def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: Bits, rows: int) -> Tensor:
+    """x [..., in] times the restored weight, -> [..., rows]."""
+    return F.linear(x, restore(codes, scales, bits, rows, x.shape[-1], x.dtype), bias)
