@@ -27,7 +27,7 @@ class Ours:
         return self._extend([[token] for token in tokens])
 
     def _extend(self, rows: Sequence[Sequence[int]]) -> list[int]:
-        found: list[int] = self.session.extend(rows).argmax(-1).tolist()
+        found: list[int] = self.session.extend(rows).float().argmax(-1).tolist()
         return found
 
     def logits(self, prompt: Sequence[int]) -> list[float]:

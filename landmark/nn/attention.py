@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from ..config import Config as PlainConfig
 from ..config import ModuleConfig
 from ..ctx import Ctx
-from ..ops.attention import attention
+from ..ops.attention import attention, decode
 from .cache import CrossCache, KVCache, SlidingCache
 from .chunked import ChunkCache, cut
 from .linear import Linear
 from .norm import NormConfig
+from .paged import PagedKV
 from .rope import Rope
 from .together import together
 
@@ -85,7 +86,7 @@ class LogTemperature(PlainConfig):
         return 1 + self.scale * torch.log1p(steps)
 
 
-Cache = KVCache | SlidingCache | ChunkCache
+Cache = KVCache | SlidingCache | ChunkCache | PagedKV
 
 
 class Attention(nn.Module):
@@ -160,6 +161,8 @@ class Attention(nn.Module):
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        if state is not None and ctx.bounds.width == 1 and (stepped := self._step(q, k, v, ctx, state)) is not None:
+            return stepped
         if self.rope is not None:
             q, k = self.rope(q, ctx), self.rope(k, ctx)
         if c.temperature is not None:
@@ -171,6 +174,22 @@ class Attention(nn.Module):
             q, k, v, bounds=bounds, k_bounds=k_bounds, scale=self.scale, causal=c.causal, window=c.window,
             softcap=c.softcap, dropout=c.dropout if self.training else 0.0,
         ).flatten(-2)  # fmt: skip
+        return self._out(y)
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, ctx: Ctx, state: Cache) -> Tensor | None:
+        """One token of each sequence: turned, kept and answered in one call; None where the kernel cannot run."""
+        c = self.cfg
+        if not isinstance(state, KVCache | PagedKV) or c.temperature is not None or c.chunk is not None:
+            return None
+        keys, values, seen = state.room(ctx)
+        if not c.causal or decode.why_not(q, keys, values, ctx.bounds, seen) is not None:
+            return None
+        cos, sin = (None, None) if self.rope is None else self.rope.angles(ctx, q.dtype)
+        fresh = decode.Fresh(k, v, cos, sin, self.rope is not None and self.rope.cfg.interleaved)
+        y = decode.decode(q, keys, values, seen, scale=self.scale, window=c.window, softcap=c.softcap, fresh=fresh)
+        return self._out(y.flatten(-2))
+
+    def _out(self, y: Tensor) -> Tensor:
         out: Tensor = self.out(y if self.out_norm is None else self.out_norm(y))
         return out
 

@@ -49,11 +49,17 @@ class KVCache:
         self.k = torch.zeros(slots, heads, 0, k_dim, dtype=dtype, device=device)
         self.v = torch.zeros(slots, heads, 0, v_dim, dtype=dtype, device=device)
 
+    def room(self, ctx: Ctx) -> tuple[Tensor, Tensor, Bounds]:
+        """What `extend` gives, before this call's tokens, the last ones, are in it."""
+        place = ctx.memo("place", lambda: Place.of(ctx))
+        if place.width > self.k.shape[2]:
+            self._grow(place.width)
+        return self.k.narrow(2, 0, place.width).transpose(1, 2), self.v.narrow(2, 0, place.width).transpose(1, 2), place.seen
+
     def extend(self, k: Tensor, v: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor, Bounds]:
         place = ctx.memo("place", lambda: Place.of(ctx))
         past, bounds, width = _past(ctx), ctx.bounds, place.width
-        if width > self.k.shape[2]:
-            self._grow(width)
+        room = self.room(ctx)
         if place.end is not None:
             self.k.narrow(2, past[0], width - past[0]).copy_(k.transpose(1, 2))
             self.v.narrow(2, past[0], width - past[0]).copy_(v.transpose(1, 2))
@@ -67,7 +73,7 @@ class KVCache:
                 self.v[slot, :, past[slot] : past[slot] + n] = v[row, col : col + n].transpose(0, 1)
         if not any(past):
             return k, v, bounds
-        return self.k.narrow(2, 0, width).transpose(1, 2), self.v.narrow(2, 0, width).transpose(1, 2), place.seen
+        return room
 
     def _grow(self, width: int) -> None:
         """Room for `width` tokens and as many again, so that each is moved a few times only."""

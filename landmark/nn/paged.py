@@ -86,6 +86,10 @@ class PagedKV:
     def tensors(self) -> list[Tensor]:
         return [self.k, self.v]
 
+    def room(self, ctx: Ctx) -> tuple[Tensor, Tensor, Bounds]:
+        """What `extend` gives, before this call's tokens, the last ones, are in it."""
+        return self.k, self.v, self.blocks.pages
+
     def extend(self, k: Tensor, v: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor, Bounds]:
         blocks = self.blocks
         put(self.k, k.flatten(0, 1), blocks.block, blocks.offset)

@@ -33,6 +33,15 @@ class Rope:
         """cos and sin, [B, T, dim / 2], computed once a pass for all layers that share this config."""
         return ctx.memo((self.cfg, self.dim, dtype), lambda: self._tables(ctx, dtype))
 
+    def angles(self, ctx: Ctx, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`tables` in float32, with the numbers that they have in `dtype`."""
+
+        def wide() -> tuple[Tensor, Tensor]:
+            cos, sin = self.tables(ctx, dtype)
+            return cos.float().contiguous(), sin.float().contiguous()
+
+        return ctx.memo((self.cfg, self.dim, dtype, "wide"), wide)
+
     def _tables(self, ctx: Ctx, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         scaling, device = self.cfg.scaling, ctx.positions.device
         factor = 1.0 if scaling is None else scaling.attention_factor

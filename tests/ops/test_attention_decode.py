@@ -11,6 +11,8 @@ from torch import Tensor
 
 from landmark.ctx import Bounds
 from landmark.ops.attention import attention, decode, reference
+from landmark.ops.attention.pages import Pages
+from landmark.ops.fused import rotary
 
 needs_kernel = pytest.mark.skipif(decode.SOURCE.why_not() is not None, reason="no C compiler")
 
@@ -65,6 +67,46 @@ def test_threads_and_order_change_nothing() -> None:
         assert torch.equal(
             attention(q[slot : slot + 1], one, one, k_bounds=Bounds(1, length), **options)[0], together[slot]
         )
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("turned", "interleaved"), [(0, False), (32, False), (24, True), (16, False)])
+@pytest.mark.parametrize("paged", [False, True])
+@torch.inference_mode()
+def test_the_last_key_turns_and_is_kept_on_the_way(
+    dtype: torch.dtype, turned: int, interleaved: bool, paged: bool
+) -> None:
+    lengths, heads, kv_heads, d, dv = (5, 40, 1, 33), 6, 2, 32, 48
+    q, k, v = (torch.randn(4, 1, h, n).to(dtype) for h, n in ((heads, d), (kv_heads, d), (kv_heads, dv)))
+    angles = torch.rand(4, 1, turned // 2) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    held: tuple[Tensor, Tensor]
+    seen: Bounds
+    if paged:
+        held = torch.randn(24, kv_heads, 8, d).to(dtype), torch.randn(24, kv_heads, 8, dv).to(dtype)
+        order = torch.randperm(24, generator=torch.Generator().manual_seed(3))
+        seen = Pages.of(order.view(4, 6), lengths, 8)
+    else:
+        (held_k, seen), (held_v, _) = (cache(lengths, kv_heads, n, dtype) for n in (d, dv))
+        held = held_k, held_v
+    kept = tuple(x.clone() for x in held)
+    wide = (cos.float(), sin.float()) if turned else (None, None)
+    fresh = decode.Fresh(k, v, *wide, interleaved)
+    options = {"scale": 0.3, "window": 20, "softcap": None}
+    got = decode.decode(q, *held, seen, fresh=fresh, **options)
+    if turned:
+        q, k = rotary(q, cos, sin, interleaved=interleaved), rotary(k, cos, sin, interleaved=interleaved)
+    for x, new in zip(kept, (k, v), strict=True):
+        for slot, length in enumerate(lengths):
+            if isinstance(seen, Pages):
+                x[seen.tables[slot, (length - 1) // 8], :, (length - 1) % 8] = new[slot, 0]
+            else:
+                x[slot, length - 1] = new[slot, 0]
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(got, decode.decode(q, *kept, seen, **options), **close)
+    for ours, theirs in zip(held, kept, strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True, **close)
 
 
 @pytest.mark.parametrize(

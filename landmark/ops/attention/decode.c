@@ -1,9 +1,11 @@
 // Attention of one query a sequence over its cached keys and values, in one pass over both (online softmax, Milakov and
 // Gimelshein 2018). Query heads that share a key head share what is read of it; long caches are cut into parts of fixed
 // length, attended apart and merged in order (Flash-Decoding, Dao et al. 2023), so that threads change no bit. The cache
-// may lie in pages, wherever they are (PagedAttention, Kwon et al. 2023).
+// may lie in pages, wherever they are (PagedAttention, Kwon et al. 2023). A sequence's last key and value may be new: then
+// query and key are turned by their position first, and key and value put where they belong.
 #include <stdlib.h>
 #include "lanes.h"
+#include "turn.h"
 
 #define BLOCK 128 // keys whose scores are held at once
 #define PART 1024 // keys of a part
@@ -22,6 +24,9 @@ typedef struct {
     int64_t slots, heads, kv_heads, d, dv, longest;
     int64_t k_slot, k_token, k_head, v_slot, v_token, v_head; // strides in elements
     int64_t pages, page, threads;
+    const char *new_k, *new_v; // null, or [slots, kv_heads, d] and [.., dv] contiguous
+    const float *cos, *sin;    // null, or `pairs` for each slot, `angles` elements apart
+    int64_t pairs, angles, interleaved;
     float scale, cap; // cap 0: none
 } Call;
 
@@ -127,18 +132,23 @@ typedef struct {
     int64_t n;
 } Run;
 
+// Key t of a slot and head, its value, and how many more of that slot lie behind it.
+INLINE Run run_from(const Call *c, int64_t slot, int64_t head, int64_t t, const int64_t size) {
+    int64_t at = c->first[slot] + t, row = slot, n = INT64_MAX;
+    if (c->tables) {
+        row = c->tables[slot * c->pages + at / c->page], at %= c->page;
+        n = c->page - at;
+    }
+    return (Run){c->k + (row * c->k_slot + at * c->k_token + head * c->k_head) * size,
+                 c->v + (row * c->v_slot + at * c->v_token + head * c->v_head) * size, n};
+}
+
 // The next up to BLOCK tokens of a part: where they lie; the number of runs.
 INLINE int64_t runs_of(const Call *c, int64_t slot, int64_t head, int64_t from, int64_t end, const int64_t size, Run *runs) {
     int64_t count = 0;
-    for (int64_t t = from, n; t < MIN(end, from + BLOCK); t += n, count++) {
-        int64_t at = c->first[slot] + t, row = slot;
-        n = MIN(end, from + BLOCK) - t;
-        if (c->tables) {
-            row = c->tables[slot * c->pages + at / c->page], at %= c->page;
-            n = MIN(n, c->page - at);
-        }
-        runs[count] = (Run){c->k + (row * c->k_slot + at * c->k_token + head * c->k_head) * size,
-                            c->v + (row * c->v_slot + at * c->v_token + head * c->v_head) * size, n};
+    for (int64_t t = from; t < MIN(end, from + BLOCK); t += runs[count++].n) {
+        runs[count] = run_from(c, slot, head, t, size);
+        runs[count].n = MIN(runs[count].n, MIN(end, from + BLOCK) - t);
     }
     return count;
 }
@@ -241,12 +251,31 @@ INLINE void merge(const Call *c, int64_t slot, int64_t head, float *parts, int64
     }
 }
 
-INLINE void decode(const Call *c, const int half, const int pair) {
+// The new key and value of a head take their place; its queries, turned -> q.
+INLINE void take_in(const Call *c, int64_t slot, int64_t head, char *q, const int half) {
+    const int64_t group = c->heads / c->kv_heads, first = slot * c->heads + head * group, mine = slot * c->kv_heads + head;
+    const Run last = run_from(c, slot, head, c->counts[slot] - 1, half ? 2 : 4);
+    const float *cos = c->cos + slot * c->angles, *sin = c->sin + slot * c->angles;
+    turn(AT(c->new_k, mine * c->d), (char *)last.k, cos, sin, 1, 0, c->d, c->pairs, 1, c->interleaved, half);
+    memcpy((char *)last.v, AT(c->new_v, mine * c->dv), c->dv * (half ? 2 : 4));
+    turn(AT(c->q, first * c->d), AT(q, first * c->d), cos, sin, group, c->d, c->d, c->pairs, 1, c->interleaved, half);
+}
+
+INLINE void decode(const Call *given, const int half, const int pair) {
+    Call own = *given, *c = &own;
     const int64_t group = c->heads / c->kv_heads, cuts = MAX(1, (c->longest + PART - 1) / PART), size = group * (c->dv + 2);
     const int64_t tasks = c->slots * c->kv_heads;
     float *parts = malloc(tasks * cuts * size * sizeof *parts);
+    char *q = c->new_k ? malloc(c->slots * c->heads * c->d * (half ? 2 : 4)) : 0;
+    if (!parts || (c->new_k && !q)) abort();
 #pragma omp parallel num_threads(c->threads) if (c->threads > 1)
     {
+        if (q) {
+#pragma omp for schedule(static, 1)
+            for (int64_t i = 0; i < tasks; i++) take_in(given, i / c->kv_heads, i % c->kv_heads, q, half);
+#pragma omp single
+            own.q = q;
+        }
 #pragma omp for schedule(static, 1)
         for (int64_t i = 0; i < tasks * cuts; i++) {
             const int64_t slot = i / cuts / c->kv_heads, from = i % cuts * PART, end = MIN(from + PART, c->counts[slot]);
@@ -258,7 +287,7 @@ INLINE void decode(const Call *c, const int half, const int pair) {
             merge(c, slot, i % c->kv_heads, parts + i * cuts * size, (c->counts[slot] + PART - 1) / PART, half, pair);
         }
     }
-    free(parts);
+    free(parts), free(q);
 }
 
 void decode_f32(const Call *c) { decode(c, 0, 0); }

@@ -6,7 +6,7 @@ from ctypes import c_char_p
 from functools import cache
 from pathlib import Path
 from struct import Struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from .pages import Pages
 SOURCE = Source(Path(__file__).with_name("decode.c"))
 KERNELS = {torch.float32: "decode_f32", torch.bfloat16: "decode_bf16"}
 SMALL = 1 << 15  # multiplications below which a second thread costs more than it does
-_pack = Struct("7P15q2f").pack  # decode.c's Call
+_pack = Struct("7P15q4P3q2f").pack  # decode.c's Call
 
 
 @cache
@@ -42,10 +42,22 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, k_bounds: Bounds) -
     return SOURCE.why_not()
 
 
+class Fresh(NamedTuple):
+    """What the last key and value of each sequence are going to be, and how far they and the queries turn before."""
+
+    k: Tensor  # [B, 1, kv_heads, d]
+    v: Tensor  # [B, 1, kv_heads, d_v]
+    cos: Tensor | None  # float32 [B or 1, 1, pairs]
+    sin: Tensor | None
+    interleaved: bool
+
+
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, k_bounds: Bounds, *, scale: float, window: int | None, softcap: float | None
-) -> Tensor:
-    """softmax(q k^T * scale) v -> [B, 1, heads, d_v], for arguments that `why_not` accepts."""
+    q: Tensor, k: Tensor, v: Tensor, k_bounds: Bounds, *, scale: float, window: int | None, softcap: float | None,
+    fresh: Fresh | None = None,
+) -> Tensor:  # fmt: skip
+    """softmax(q k^T * scale) v -> [B, 1, heads, d_v], for arguments that `why_not` accepts. `fresh` keys and values are
+    written to k and v on the way."""
     slots, _, heads, d = q.shape
     first, counts, longest, _ = k_bounds.memo(("decode", window), lambda: _seen(k_bounds, window))
     if isinstance(k_bounds, Pages):
@@ -57,10 +69,16 @@ def decode(
         kv_heads, dv = v.shape[2:]
         strides = [*k.stride()[:3], *v.stride()[:3]]
     q, out = q.contiguous(), q.new_empty(slots, 1, heads, dv)
+    held = fresh and (fresh.k.contiguous(), fresh.v.contiguous(), fresh.cos, fresh.sin)
+    new = (0, 0, 0, 0, 0, 0, 0)
+    if fresh is not None and held is not None:
+        where = [0 if t is None else t.data_ptr() for t in held]
+        pairs = 0 if fresh.cos is None else fresh.cos.shape[2]
+        new = (*where, pairs, pairs if fresh.cos is not None and fresh.cos.shape[0] > 1 else 0, fresh.interleaved)
     threads = torch.get_num_threads() if slots * heads * longest * d > SMALL else 1
     call = _pack(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), first, counts, tables, slots, heads, kv_heads, d, dv,
-        longest, *strides, pages, page, threads, scale, softcap or 0.0,
+        longest, *strides, pages, page, threads, *new, scale, softcap or 0.0,
     )  # fmt: skip
     _kernel(q.dtype)(call)
     return out

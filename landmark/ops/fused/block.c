@@ -1,20 +1,8 @@
 // RMSNorm, gated activations and rotary embedding, forward and backward, each one pass over memory.
 #include <stdlib.h>
-#include "vector.h"
+#include "turn.h"
 
 #define PARALLEL() _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)")
-#define AT(p, i) ((char *)(p) + (i) * (half ? 2 : 4))
-
-// Lanes i.. of a row of n, padded with zeros; and their way back.
-INLINE vf take(const void *p, int64_t i, int64_t n, int half) {
-    return i + W <= n ? load(p, i, half) : load_n(p, i, n - i, 0, half);
-}
-INLINE void give(void *p, int64_t i, int64_t n, vf x, int half) {
-    if (i + W <= n)
-        store(p, i, x, half);
-    else
-        store_n(p, i, n - i, x, half);
-}
 
 // scale[j] = offset + weight[j], or 1 without weight.
 static float *scales(const void *weight, int weight_half, float offset, int64_t n) {
@@ -128,25 +116,6 @@ INLINE void glu_backward(const void *gate, const void *up, const void *g, void *
         }
 }
 
-// The pairs (i, i + R) of one head, turned by the angles of cosines c and sines s.
-INLINE void turn_halves(const void *from, void *to, const float *c, const float *s, int64_t R, float sign, const int half) {
-    for (int64_t i = 0; i < R; i += W) {
-        const vf a = take(from, i, R, half), b = take(AT(from, R), i, R, half), k = take(c, i, R, 0), t = sign * take(s, i, R, 0);
-        give(to, i, R, a * k - b * t, half);
-        give(AT(to, R), i, R, b * k + a * t, half);
-    }
-}
-
-// The pairs (2i, 2i + 1) of one head: each lane times its cosine, plus its neighbour times its signed sine.
-INLINE void turn_neighbours(const void *from, void *to, const float *k, const float *t, int64_t n, const int half) {
-    for (int64_t i = 0; i < n; i += W) {
-        const vf a = take(from, i, n, half);
-        typedef uint64_t pairs __attribute__((vector_size(4 * W)));
-        const vf b = (vf)((pairs)a << 32 | (pairs)a >> 32);
-        give(to, i, n, a * take(k, i, n, 0) + b * take(t, i, n, 0), half);
-    }
-}
-
 // x [B, T, H, D] with strides; cos, sin [B or 1, T, R] float32; y contiguous. `sign` is -1 for the inverse rotation.
 INLINE void rotary(const void *x, const float *cos, const float *sin, void *y, int64_t B, int64_t T, int64_t H, int64_t D,
                    int64_t R, int64_t xb, int64_t xt, int64_t xh, int64_t cb, float sign, int interleaved, int threads,
@@ -156,19 +125,7 @@ INLINE void rotary(const void *x, const float *cos, const float *sin, void *y, i
         const float *c = cos + bt / T * cb + bt % T * R, *s = sin + bt / T * cb + bt % T * R;
         const char *from = AT(x, bt / T * xb + bt % T * xt);
         char *to = AT(y, bt * H * D);
-        for (int64_t h = 0; h < H; h++) memcpy(AT(to, h * D + 2 * R), AT(from, h * xh + 2 * R), (D - 2 * R) * (half ? 2 : 4));
-        if (!interleaved)
-            for (int64_t h = 0; h < H; h++) turn_halves(AT(from, h * xh), AT(to, h * D), c, s, R, sign, half);
-        else
-            for (int64_t i = 0; i < R; i += 64) {
-                const int64_t n = MIN(64, R - i);
-                float k[128], t[128];
-                for (int64_t j = 0; j < n; j++) {
-                    k[2 * j] = k[2 * j + 1] = c[i + j];
-                    t[2 * j] = -sign * s[i + j], t[2 * j + 1] = sign * s[i + j];
-                }
-                for (int64_t h = 0; h < H; h++) turn_neighbours(AT(from, h * xh + 2 * i), AT(to, h * D + 2 * i), k, t, 2 * n, half);
-            }
+        turn(from, to, c, s, H, xh, D, R, sign, interleaved, half);
     }
 }
 
