@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from ..config import Config as PlainConfig
 from ..config import ModuleConfig
-from ..ctx import Ctx
+from ..ctx import Bounds, Ctx
 from ..ops.attention import attention, decode
+from ..ops.step import Norm, attend
+from . import step
 from .cache import CrossCache, KVCache, SlidingCache
 from .chunked import ChunkCache, cut
-from .linear import Linear
+from .linear import Linear, unhooked
 from .norm import NormConfig
 from .paged import PagedKV
 from .rope import Rope
@@ -179,15 +181,44 @@ class Attention(nn.Module):
     def _step(self, q: Tensor, k: Tensor, v: Tensor, ctx: Ctx, state: Cache) -> Tensor | None:
         """One token of each sequence: turned, kept and answered in one call; None where the kernel cannot run."""
         c = self.cfg
-        if not isinstance(state, KVCache | PagedKV) or c.temperature is not None or c.chunk is not None:
-            return None
-        keys, values, seen = state.room(ctx)
-        if not c.causal or decode.why_not(q, keys, values, ctx.bounds, seen) is not None:
+        if (room := self._room(ctx, state)) is None or decode.why_not(q, *room[:2], ctx.bounds, room[2]) is not None:
             return None
         cos, sin = (None, None) if self.rope is None else self.rope.angles(ctx, q.dtype)
         fresh = decode.Fresh(k, v, cos, sin, self.rope is not None and self.rope.cfg.interleaved)
-        y = decode.decode(q, keys, values, seen, scale=self.scale, window=c.window, softcap=c.softcap, fresh=fresh)
+        y = decode.decode(q, *room, scale=self.scale, window=c.window, softcap=c.softcap, fresh=fresh)
         return self._out(y.flatten(-2))
+
+    def _room(self, ctx: Ctx, state: Cache) -> tuple[Tensor, Tensor, Bounds] | None:
+        """Where the next token's key and value go, if each query is to see all that is kept, or a window of it."""
+        c = self.cfg
+        if not isinstance(state, KVCache | PagedKV) or c.temperature is not None or c.chunk is not None or not c.causal:
+            return None
+        return state.room(ctx)
+
+    def step(self, x: Tensor, norm: Norm, scale: float, ctx: Ctx, state: Cache | None) -> Tensor | None:
+        """x + scale f(norm(x)) of one token a sequence in one call; None where it has to be done module by module."""
+        c, norms = self.cfg, None
+        if state is None or self.out_norm is not None or c.head_dim % 16:
+            return None
+        if self.q_norm is not None and (norms := self._head_norms(x)) is None:
+            return None
+        first, last = step.together(x, self.q, self.k, self.v), step.linear(x, self.out)
+        if first is None or last is None or (room := self._room(ctx, state)) is None or room[0].dtype != x.dtype:
+            return None
+        return attend(
+            x, norm, first, last, *room, c.heads, None if self.rope is None else self.rope.angles(ctx, x.dtype),
+            self.rope is not None and self.rope.cfg.interleaved, norms, softmax=self.scale, window=c.window,
+            softcap=c.softcap, scale=scale,
+        )  # fmt: skip
+
+    def _head_norms(self, x: Tensor) -> tuple[Norm, Norm] | None:
+        """The norms of queries and keys, if they are those of heads by themselves."""
+        found = [
+            step.rms_norm(x, m.norm) if type(m) is HeadNorm and not m.separate and unhooked(m) else None
+            for m in (self.q_norm, self.k_norm)
+        ]
+        q, k = found
+        return None if q is None or k is None or (q.eps, q.offset) != (k.eps, k.offset) else (q, k)
 
     def _out(self, y: Tensor) -> Tensor:
         out: Tensor = self.out(y if self.out_norm is None else self.out_norm(y))

@@ -54,7 +54,11 @@ class KVCache:
         place = ctx.memo("place", lambda: Place.of(ctx))
         if place.width > self.k.shape[2]:
             self._grow(place.width)
-        return self.k.narrow(2, 0, place.width).transpose(1, 2), self.v.narrow(2, 0, place.width).transpose(1, 2), place.seen
+        return (
+            self.k.narrow(2, 0, place.width).transpose(1, 2),
+            self.v.narrow(2, 0, place.width).transpose(1, 2),
+            place.seen,
+        )
 
     def extend(self, k: Tensor, v: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor, Bounds]:
         place = ctx.memo("place", lambda: Place.of(ctx))

@@ -11,6 +11,8 @@ from ..ctx import Ctx
 from ..ops.activation import Activation, activation
 from ..ops.fused import activate, glu
 from ..ops.moe import few
+from ..ops.step import Norm, feed_forward
+from . import step
 from .linear import Linear, bare
 from .norm import NormConfig
 from .together import together
@@ -46,6 +48,11 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, ctx: Ctx | None = None, state: Any = None) -> Tensor:
         return perceptron(x, self.up, self.down, self.act)
 
+    def step(self, x: Tensor, norm: Norm, scale: float, ctx: Ctx, state: Any) -> Tensor | None:
+        """x + scale f(norm(x)) of one token a sequence in one call; None where it has to be done module by module."""
+        first, last = step.together(x, self.up), step.linear(x, self.down)
+        return None if first is None or last is None else feed_forward(x, norm, first, last, self.act, scale)
+
 
 class GLU(nn.Module):
     """down(norm(act(gate(x)) * up(x))), mostly without the norm.
@@ -79,3 +86,10 @@ class GLU(nn.Module):
         y = glu(gate, up, self.act)
         out: Tensor = self.down(y if self.norm is None else self.norm(y))
         return out
+
+    def step(self, x: Tensor, norm: Norm, scale: float, ctx: Ctx, state: Any) -> Tensor | None:
+        """As `MLP.step`."""
+        if self.norm is not None:
+            return None
+        first, last = step.together(x, self.gate, self.up), step.linear(x, self.down)
+        return None if first is None or last is None else feed_forward(x, norm, first, last, self.act, scale)

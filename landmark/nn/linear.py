@@ -50,7 +50,10 @@ class GroupedLinear(nn.Module):
 
 def unhooked(*modules: nn.Module | None) -> bool:
     """Whether nobody has a hook on any of these (None aside), so that what it does need not be done by calling it."""
-    return all(m is None or not (m._forward_hooks or m._forward_pre_hooks) for m in modules)
+    for m in modules:
+        if m is not None and (m._forward_hooks or m._forward_pre_hooks):
+            return False
+    return True
 
 
 def bare(*modules: nn.Module | None) -> bool:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ..config import ModuleConfig
 from ..ctx import Ctx
 from .norm import NormConfig
+from .step import sublayer
 
 
 class Sublayer(nn.Module):
@@ -55,6 +56,8 @@ class PreNorm(Sublayer):
         self.dropout, self.scale = cfg.dropout, cfg.scale
 
     def forward(self, x: Tensor, ctx: Ctx, state: Any = None) -> Tensor:
+        if ctx.past is not None and (stepped := sublayer(self.fn, x, self.norm, self.scale, ctx, state)) is not None:
+            return stepped
         y = dropout(self.fn(self.norm(x), ctx, state), self.dropout, self.training)
         return x + (y if self.scale == 1.0 else y * self.scale)
 
@@ -155,11 +158,11 @@ class Block(nn.ModuleDict):
     """One layer: named residual sublayers in order. The unit of checkpointing, compilation and sharding."""
 
     def new_state(self, **where: Any) -> dict[str, Any]:
-        return {name: new_state(sublayer, **where) for name, sublayer in self.items()}
+        return {name: new_state(part, **where) for name, part in self.items()}
 
     def forward(self, x: Tensor, ctx: Ctx, state: dict[str, Any] | None = None) -> Tensor:
-        for name, sublayer in self.items():
-            x = sublayer(x, ctx, state[name] if state else None)
+        for name, part in self.items():
+            x = part(x, ctx, state[name] if state else None)
         return x
 
 

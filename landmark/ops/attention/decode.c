@@ -4,31 +4,18 @@
 // may lie in pages, wherever they are (PagedAttention, Kwon et al. 2023). A sequence's last key and value may be new: then
 // query and key are turned by their position first, and key and value put where they belong.
 #include <stdlib.h>
+#include "decode.h"
 #include "lanes.h"
+#include "norm.h"
 #include "turn.h"
 
 #define BLOCK 128 // keys whose scores are held at once
-#define PART 1024 // keys of a part
 #define UNROLL 4  // vectors of the output in registers
 #ifdef __AVX512BF16__
 #define PAIRS 1 // products of bfloat16 take two terms at once, where heads are a multiple of 32
 #else
 #define PAIRS 0
 #endif
-
-typedef struct {
-    const char *q, *k, *v; // q [slots, heads, d] and out [slots, heads, dv] contiguous
-    void *out;
-    const int64_t *first, *counts; // slot i sees keys first[i] .. first[i] + counts[i]
-    const int64_t *tables; // null, or [slots, pages]: key t of slot i is key t % page of page tables[i, t / page]
-    int64_t slots, heads, kv_heads, d, dv, longest;
-    int64_t k_slot, k_token, k_head, v_slot, v_token, v_head; // strides in elements
-    int64_t pages, page, threads;
-    const char *new_k, *new_v; // null, or [slots, kv_heads, d] and [.., dv] contiguous
-    const float *cos, *sin;    // null, or `pairs` for each slot, `angles` elements apart
-    int64_t pairs, angles, interleaved;
-    float scale, cap; // cap 0: none
-} Call;
 
 // acc + a b, or with 2 W bfloat16 in each of a and b: plus the products of neighbours, added together.
 INLINE vf madd(vf acc, vf a, vf b, const int pair) {
@@ -133,7 +120,7 @@ typedef struct {
 } Run;
 
 // Key t of a slot and head, its value, and how many more of that slot lie behind it.
-INLINE Run run_from(const Call *c, int64_t slot, int64_t head, int64_t t, const int64_t size) {
+INLINE Run run_from(const Decode *c, int64_t slot, int64_t head, int64_t t, const int64_t size) {
     int64_t at = c->first[slot] + t, row = slot, n = INT64_MAX;
     if (c->tables) {
         row = c->tables[slot * c->pages + at / c->page], at %= c->page;
@@ -144,7 +131,7 @@ INLINE Run run_from(const Call *c, int64_t slot, int64_t head, int64_t t, const 
 }
 
 // The next up to BLOCK tokens of a part: where they lie; the number of runs.
-INLINE int64_t runs_of(const Call *c, int64_t slot, int64_t head, int64_t from, int64_t end, const int64_t size, Run *runs) {
+INLINE int64_t runs_of(const Decode *c, int64_t slot, int64_t head, int64_t from, int64_t end, const int64_t size, Run *runs) {
     int64_t count = 0;
     for (int64_t t = from; t < MIN(end, from + BLOCK); t += runs[count++].n) {
         runs[count] = run_from(c, slot, head, t, size);
@@ -160,7 +147,7 @@ INLINE void fetch(const char *x, int64_t n, int64_t step, int64_t bytes) {
 }
 
 // G queries take n more keys and values: acc [G, dv] is the answer times total[g], of scores below top[g].
-INLINE void attend(const Call *c, const char *q, const Run *runs, int64_t count, int64_t n, float *acc, float *top, float *total,
+INLINE void attend(const Decode *c, const char *q, const Run *runs, int64_t count, int64_t n, float *acc, float *top, float *total,
                    const int G, const int half, const int pair) {
     const int64_t size = half ? 2 : 4, k_step = c->k_token * size, v_step = c->v_token * size, dv = c->dv;
     float s[4 * (BLOCK + W)], keep[4];
@@ -211,12 +198,12 @@ INLINE void attend(const Call *c, const char *q, const Run *runs, int64_t count,
 }
 
 // All queries of a key head over one part of its keys: acc [group, dv], top [group], total [group].
-INLINE void part(const Call *c, int64_t slot, int64_t head, int64_t from, int64_t end, float *acc, const int half, const int pair) {
+INLINE void part(const Decode *c, const char *queries, int64_t slot, int64_t head, int64_t from, int64_t end, float *acc, const int half, const int pair) {
     const int64_t group = c->heads / c->kv_heads, size = half ? 2 : 4, d = c->d, dv = c->dv;
     float *top = acc + group * dv, *total = top + group;
     memset(acc, 0, group * dv * sizeof *acc);
     for (int64_t g = 0; g < group; g++) top[g] = -INFINITY, total[g] = 0;
-    const char *q = c->q + (slot * c->heads + head * group) * d * size;
+    const char *q = queries + (slot * c->heads + head * group) * d * size;
     for (int64_t t = from; t < end; t += BLOCK) {
         Run runs[BLOCK];
         const int64_t n = MIN(BLOCK, end - t), count = runs_of(c, slot, head, t, end, size, runs);
@@ -230,7 +217,7 @@ INLINE void part(const Call *c, int64_t slot, int64_t head, int64_t from, int64_
 }
 
 // Parts [count, group, dv + 2] of one key head -> the answers.
-INLINE void merge(const Call *c, int64_t slot, int64_t head, float *parts, int64_t count, const int half, const int pair) {
+INLINE void merge(const Decode *c, int64_t slot, int64_t head, float *parts, int64_t count, const int half, const int pair) {
     const int64_t group = c->heads / c->kv_heads, dv = c->dv, size = group * (dv + 2);
     for (int64_t g = 0; g < group; g++) {
         float *acc = parts + g * dv, *top = parts + group * dv + g, *total = top + group, peak = -INFINITY, all = 0;
@@ -251,50 +238,57 @@ INLINE void merge(const Call *c, int64_t slot, int64_t head, float *parts, int64
     }
 }
 
-// The new key and value of a head take their place; its queries, turned -> q.
-INLINE void take_in(const Call *c, int64_t slot, int64_t head, char *q, const int half) {
+// Heads [n, d] are normed, if there is a norm, and turned -> to.
+INLINE void ready(const Decode *c, const char *heads, const char *norm, int64_t slot, int64_t n, char *to, const int half) {
+    for (int64_t g = 0; norm && g < n; g++) rms_norm_row(AT(heads, g * c->d), norm, half, AT(to, g * c->d), c->d, c->eps, c->offset, half);
+    turn(norm ? to : heads, to, c->cos + slot * c->angles, c->sin + slot * c->angles, n, c->d, c->d, c->pairs, 1, c->interleaved, half);
+}
+
+// The new key and value of a head take their place; its queries -> turned.
+INLINE void take_in(const Decode *c, int64_t slot, int64_t head, char *turned, const int half) {
     const int64_t group = c->heads / c->kv_heads, first = slot * c->heads + head * group, mine = slot * c->kv_heads + head;
     const Run last = run_from(c, slot, head, c->counts[slot] - 1, half ? 2 : 4);
-    const float *cos = c->cos + slot * c->angles, *sin = c->sin + slot * c->angles;
-    turn(AT(c->new_k, mine * c->d), (char *)last.k, cos, sin, 1, 0, c->d, c->pairs, 1, c->interleaved, half);
+    ready(c, AT(c->new_k, mine * c->d), c->k_norm, slot, 1, (char *)last.k, half);
     memcpy((char *)last.v, AT(c->new_v, mine * c->dv), c->dv * (half ? 2 : 4));
-    turn(AT(c->q, first * c->d), AT(q, first * c->d), cos, sin, group, c->d, c->d, c->pairs, 1, c->interleaved, half);
+    ready(c, AT(c->q, first * c->d), c->q_norm, slot, group, AT(turned, first * c->d), half);
 }
 
-INLINE void decode(const Call *given, const int half, const int pair) {
-    Call own = *given, *c = &own;
-    const int64_t group = c->heads / c->kv_heads, cuts = MAX(1, (c->longest + PART - 1) / PART), size = group * (c->dv + 2);
-    const int64_t tasks = c->slots * c->kv_heads;
-    float *parts = malloc(tasks * cuts * size * sizeof *parts);
-    char *q = c->new_k ? malloc(c->slots * c->heads * c->d * (half ? 2 : 4)) : 0;
-    if (!parts || (c->new_k && !q)) abort();
-#pragma omp parallel num_threads(c->threads) if (c->threads > 1)
-    {
-        if (q) {
+// What each of a team of threads does; all are through at its end. `parts` and `turned`: see parts_size, turned_size.
+INLINE void answer(const Decode *c, float *parts, char *turned, const int half, const int pair) {
+    const int64_t cuts = parts_of(c, c->longest), size = c->heads / c->kv_heads * (c->dv + 2), tasks = c->slots * c->kv_heads;
+    if (c->new_k) {
 #pragma omp for schedule(static, 1)
-            for (int64_t i = 0; i < tasks; i++) take_in(given, i / c->kv_heads, i % c->kv_heads, q, half);
-#pragma omp single
-            own.q = q;
-        }
-#pragma omp for schedule(static, 1)
-        for (int64_t i = 0; i < tasks * cuts; i++) {
-            const int64_t slot = i / cuts / c->kv_heads, from = i % cuts * PART, end = MIN(from + PART, c->counts[slot]);
-            if (from < end) part(c, slot, i / cuts % c->kv_heads, from, end, parts + i * size, half, pair);
-        }
-#pragma omp for schedule(static, 1)
-        for (int64_t i = 0; i < tasks; i++) {
-            const int64_t slot = i / c->kv_heads;
-            merge(c, slot, i % c->kv_heads, parts + i * cuts * size, (c->counts[slot] + PART - 1) / PART, half, pair);
-        }
+        for (int64_t i = 0; i < tasks; i++) take_in(c, i / c->kv_heads, i % c->kv_heads, turned, half);
     }
-    free(parts), free(q);
+#pragma omp for schedule(static, 1)
+    for (int64_t i = 0; i < tasks * cuts; i++) {
+        const int64_t slot = i / cuts / c->kv_heads, from = i % cuts * PART, end = MIN(from + PART, c->counts[slot]);
+        if (from < end) part(c, c->new_k ? turned : c->q, slot, i / cuts % c->kv_heads, from, end, parts + i * size, half, pair);
+    }
+#pragma omp for schedule(static, 1)
+    for (int64_t i = 0; i < tasks; i++) {
+        const int64_t slot = i / c->kv_heads;
+        merge(c, slot, i % c->kv_heads, parts + i * cuts * size, (c->counts[slot] + PART - 1) / PART, half, pair);
+    }
 }
 
-void decode_f32(const Call *c) { decode(c, 0, 0); }
+void answer_f32(const Decode *c, float *parts, char *turned) { answer(c, parts, turned, 0, 0); }
 
-void decode_bf16(const Call *c) {
+void answer_bf16(const Decode *c, float *parts, char *turned) {
     if (PAIRS && c->d % 32 == 0 && c->dv % 32 == 0)
-        decode(c, 1, PAIRS);
+        answer(c, parts, turned, 1, PAIRS);
     else
-        decode(c, 1, 0);
+        answer(c, parts, turned, 1, 0);
 }
+
+#define EXPORT(TYPE)                                                                                                   \
+    void decode_##TYPE(const Decode *c) {                                                                              \
+        float *parts = malloc((parts_size(c) + turned_size(c)) * sizeof *parts);                                       \
+        if (!parts) abort();                                                                                           \
+        _Pragma("omp parallel num_threads(c->threads) if (c->threads > 1)")                                            \
+        answer_##TYPE(c, parts, (char *)(parts + parts_size(c)));                                                      \
+        free(parts);                                                                                                   \
+    }
+
+EXPORT(f32)
+EXPORT(bf16)

@@ -18,7 +18,8 @@ from .pages import Pages
 SOURCE = Source(Path(__file__).with_name("decode.c"))
 KERNELS = {torch.float32: "decode_f32", torch.bfloat16: "decode_bf16"}
 SMALL = 1 << 15  # multiplications below which a second thread costs more than it does
-_pack = Struct("7P15q4P3q2f").pack  # decode.c's Call
+LAYOUT = "7P15q4P3q2P4f"  # decode.h's Decode
+_pack = Struct(LAYOUT).pack
 
 
 @cache
@@ -58,30 +59,46 @@ def decode(
 ) -> Tensor:  # fmt: skip
     """softmax(q k^T * scale) v -> [B, 1, heads, d_v], for arguments that `why_not` accepts. `fresh` keys and values are
     written to k and v on the way."""
-    slots, _, heads, d = q.shape
+    heads, (slots, dv) = q.shape[2], (q.shape[0], v.shape[3])
+    q, out = q.contiguous(), q.new_empty(slots, 1, heads, dv)
+    new = fresh and fresh._replace(k=fresh.k.contiguous(), v=fresh.v.contiguous())
+    call = fields(q, k, v, out, k_bounds, heads, scale=scale, window=window, softcap=softcap, fresh=new)
+    _kernel(q.dtype)(_pack(*call))
+    return out
+
+
+def fields(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, k_bounds: Bounds, heads: int, *, scale: float,
+    window: int | None, softcap: float | None, fresh: Fresh | None, norms: tuple[int, int, float, float] | None = None,
+) -> tuple[float, ...]:  # fmt: skip
+    """What `LAYOUT` lays out. q [slots, ...]; without `out` the caller knows where queries, new keys, values and
+    answers are. `norms`: addresses of those of queries and keys, eps and offset."""
+    slots, d = q.shape[0], k.shape[3]
     first, counts, longest, _ = k_bounds.memo(("decode", window), lambda: _seen(k_bounds, window))
     if isinstance(k_bounds, Pages):
         tables, pages, page = k_bounds.tables.data_ptr(), k_bounds.tables.shape[1], k_bounds.size
         kv_heads, dv = v.shape[1], v.shape[3]
-        strides = [x.stride(axis) for x in (k, v) for axis in (0, 2, 1)]
+        (k0, k2, k1, _), (v0, v2, v1, _) = k.stride(), v.stride()
     else:
-        tables, pages, page = 0, 0, 0
+        tables = pages = page = 0
         kv_heads, dv = v.shape[2:]
-        strides = [*k.stride()[:3], *v.stride()[:3]]
-    q, out = q.contiguous(), q.new_empty(slots, 1, heads, dv)
-    held = fresh and (fresh.k.contiguous(), fresh.v.contiguous(), fresh.cos, fresh.sin)
-    new = (0, 0, 0, 0, 0, 0, 0)
-    if fresh is not None and held is not None:
-        where = [0 if t is None else t.data_ptr() for t in held]
-        pairs = 0 if fresh.cos is None else fresh.cos.shape[2]
-        new = (*where, pairs, pairs if fresh.cos is not None and fresh.cos.shape[0] > 1 else 0, fresh.interleaved)
+        (k0, k1, k2, _), (v0, v1, v2, _) = k.stride(), v.stride()
+    where = new_k = new_v = cos = sin = pairs = apart = 0
+    if out is not None:
+        where = out.data_ptr()
+    if fresh is not None:
+        if out is not None:
+            new_k, new_v = fresh.k.data_ptr(), fresh.v.data_ptr()
+        if fresh.cos is not None and fresh.sin is not None:
+            cos, sin, pairs = fresh.cos.data_ptr(), fresh.sin.data_ptr(), fresh.cos.shape[2]
+            apart = pairs if fresh.cos.shape[0] > 1 else 0
+    q_norm, k_norm, eps, offset = norms or (0, 0, 0.0, 0.0)
     threads = torch.get_num_threads() if slots * heads * longest * d > SMALL else 1
-    call = _pack(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), first, counts, tables, slots, heads, kv_heads, d, dv,
-        longest, *strides, pages, page, threads, *new, scale, softcap or 0.0,
+    return (
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), where, first, counts, tables, slots, heads, kv_heads, d, dv, longest,
+        k0, k1, k2, v0, v1, v2, pages, page, threads, new_k, new_v, cos, sin, pairs, apart,
+        fresh is not None and fresh.interleaved, q_norm, k_norm, scale, softcap or 0.0, eps, offset,
     )  # fmt: skip
-    _kernel(q.dtype)(call)
-    return out
 
 
 def _seen(k_bounds: Bounds, window: int | None) -> tuple[int, int, int, Tensor]:

@@ -1,5 +1,6 @@
 // RMSNorm, gated activations and rotary embedding, forward and backward, each one pass over memory.
 #include <stdlib.h>
+#include "norm.h"
 #include "turn.h"
 
 #define PARALLEL() _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)")
@@ -15,25 +16,11 @@ static float *scales(const void *weight, int weight_half, float offset, int64_t 
 // x [rows, groups, n] -> y, and rstd [rows, groups]: y = x rstd scale, rstd = 1 / sqrt(mean(x^2) + eps).
 INLINE void rms_norm(const void *x, const void *weight, int weight_half, void *y, float *rstd, int64_t rows, int64_t groups,
                      int64_t n, float eps, float offset, int threads, const int half) {
-    float *scale = scales(weight, weight_half, offset, groups * n);
     PARALLEL()
     for (int64_t r = 0; r < rows * groups; r++) {
-        const void *xr = AT(x, r * n);
-        const float *sr = scale + r % groups * n;
-        vf a = splat(0), b = a;
-        for (int64_t i = 0; i < n; i += 2 * W) {
-            vf u = take(xr, i, n, half);
-            a += u * u;
-            if (i + W < n) {
-                vf v = take(xr, i + W, n, half);
-                b += v * v;
-            }
-        }
-        const float k = 1 / sqrtf(sum(a + b) / (float)n + eps);
-        rstd[r] = k;
-        for (int64_t i = 0; i < n; i += W) give(AT(y, r * n), i, n, take(xr, i, n, half) * k * take(sr, i, n, 0), half);
+        const void *w = !weight ? 0 : (const char *)weight + r % groups * n * (weight_half ? 2 : 4);
+        rstd[r] = rms_norm_row(AT(x, r * n), w, weight_half, AT(y, r * n), n, eps, offset, half);
     }
-    free(scale);
 }
 
 // With u = x rstd and h = g scale: grad_x = rstd (h - u mean(h u)), grad_weight = sum over rows of g u (if not null).

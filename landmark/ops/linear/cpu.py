@@ -26,14 +26,20 @@ KERNELS = {torch.float32: "linear_f32", torch.bfloat16: "linear_bf16"}
 MAX_ROWS = 16  # beyond them the matrix product is as fast
 ONE_THREAD = 2**17  # bytes of weight that a second thread would not read any sooner
 MIN_PRODUCT = 2**21  # rows x in x out from which oneDNN's set-up pays
-_pack = Struct("3P2q").pack  # skinny.c's Map
+_pack = Struct("4P2q").pack  # maps.h's Map
 ONEDNN = torch.backends.mkldnn.is_available() and "mkldnn::_linear_pointwise" in torch._C._dispatch_get_all_op_names()
 ONEDNN_IS_FASTER = ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512" and "GenuineIntel" not in processor()
 
 
 @cache
 def _kernel(dtype: torch.dtype) -> Any:
-    return SOURCE.function(KERNELS[dtype], c_void_p, c_char_p, *[c_int64] * 4, c_int)
+    return SOURCE.function(KERNELS[dtype], c_void_p, c_char_p, *[c_int64] * 3, c_int)
+
+
+@cache
+def kind(dtype: torch.dtype) -> int | None:
+    """The address of maps.h's Kind of plain weights; None where there is no kernel."""
+    return SOURCE.address(f"kind_{KERNELS[dtype][7:]}") if dtype in KERNELS and SOURCE.why_not() is None else None
 
 
 def why_not_skinny(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -89,11 +95,13 @@ def skinny_each(x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]]) -> list
     for weight, bias in maps:
         out = weight.shape[0]
         y = x.new_empty((*lead, out))
-        table += _pack(weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), out, weight.stride(0))
+        table += _pack(
+            weight.data_ptr(), 0, 0 if bias is None else bias.data_ptr(), y.data_ptr(), out, weight.stride(0)
+        )
         size += out * width
         found.append(y)
     threads = torch.get_num_threads() if size * x.itemsize > ONE_THREAD else 1
-    _kernel(x.dtype)(x.data_ptr(), table, len(found), x.numel() // width, width, width, threads)
+    _kernel(x.dtype)(x.data_ptr(), table, len(found), x.numel() // width, width, threads)
     return found
 
 

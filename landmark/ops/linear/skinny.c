@@ -1,6 +1,6 @@
 // y = x W^T + b for few rows of x: W is read once, in order, at memory speed.
-#include <stdlib.h>
 #include "lanes.h"
+#include "maps.h"
 
 #ifdef __AVX512BF16__
 #define PAIRS 1  // bfloat16 products by vdpbf16ps, 32 at a time
@@ -90,12 +90,14 @@ INLINE void strips(Rows at, const char *x, int64_t m, int64_t some, int64_t n, v
     }
 }
 
-// x as [n / lanes][m][lanes], zero-padded: one stream, whatever m. bfloat16 where vdpbf16ps takes it, else float32.
-INLINE void pack(const char *x, char *packed, int64_t m, int64_t n, int64_t xld, const int half) {
-    const int64_t lanes = LANES(half), each = SIZE(half);
-    for (int64_t from = 0; from < n; from += lanes)
+// COLUMNS of x from the k-th, which is packed as [n / lanes][m][lanes], zero-padded: one stream, whatever m. bfloat16 where
+// vdpbf16ps takes it, else float32.
+INLINE void pack(const char *x, char *packed, int64_t m, int64_t n, int64_t k, const int half) {
+    const int64_t lanes = LANES(half), each = SIZE(half), end = MIN(n, k + COLUMNS);
+    packed += k / lanes * m * sizeof(vf);
+    for (; k < end; k += lanes)
         for (int64_t i = 0; i < m; i++, packed += sizeof(vf)) {
-            const int64_t at = i * xld + from, count = MIN(lanes, n - from);
+            const int64_t at = i * n + k, count = MIN(lanes, n - k);
             if (half && !PAIRS) {
                 for (int64_t j = 0; j < count; j++) ((float *)packed)[j] = get(x, at + j, half);
                 for (int64_t j = count; j < lanes; j++) ((float *)packed)[j] = 0;
@@ -106,22 +108,21 @@ INLINE void pack(const char *x, char *packed, int64_t m, int64_t n, int64_t xld,
         }
 }
 
-typedef struct {
-    const char *w;     // [out, n], rows `wide` elements apart
-    const void *bias;  // [out] or null
-    char *y;           // [m, out]
-    int64_t out, wide;
-} Map;
+// Columns of W in a block: all if packed x fits the cache.
+INLINE int64_t block(int64_t m, int64_t n, const int half) {
+    const int64_t span = m * SPAN / LANES(half) * (int64_t)sizeof(vf);
+    return (n + SPAN - 1) / SPAN * span <= CACHE ? n : MAX(1, BLOCK / span) * SPAN;
+}
 
 // Rows [from, to) of W. All columns of a row in one go if x fits the cache; else `width` columns of ROWS rows, then the next
 // ones. From five rows of x on, two rows of W at a time: x is read half as often, and more sums are under way.
-INLINE void share(const Map *map, const char *packed, int64_t m, int64_t from, int64_t to, int64_t n, int64_t width, const int half) {
-    const int64_t wide = map->wide * SIZE(half);
-    vf part[2 * MOST][ROWS];  // [m][ROWS]
+INLINE void part(const Map *map, const char *packed, int64_t m, int64_t n, int64_t from, int64_t to, const int half) {
+    const int64_t wide = map->wide * SIZE(half), width = block(m, n, half);
+    vf acc[2 * MOST][ROWS];  // [m][ROWS]
     for (int64_t o = from; o < to; o += ROWS) {
         const int64_t rows = MIN(ROWS, to - o);
         for (int64_t i = 0; i < m; i++)
-            for (int64_t r = 0; r < ROWS; r++) part[i][r] = splat(0);
+            for (int64_t r = 0; r < ROWS; r++) acc[i][r] = splat(0);
         for (int64_t k = 0; k < n; k += width)
             for (int64_t r = 0; r < rows;) {
                 const int R = (m > 4 || width < n) && r + 2 <= rows ? 2 : 1;
@@ -131,16 +132,16 @@ INLINE void share(const Map *map, const char *packed, int64_t m, int64_t from, i
                 for (int64_t i = 0; i < m; i += MOST) {
                     const char *x = packed + (k / LANES(half) * m + i) * sizeof(vf);
                     if (R == 2)
-                        strips(at, x, m, m - i, MIN(width, n - k), part[i] + r, 2, half);
+                        strips(at, x, m, m - i, MIN(width, n - k), acc[i] + r, 2, half);
                     else
-                        strips(at, x, m, m - i, MIN(width, n - k), part[i] + r, 1, half);
+                        strips(at, x, m, m - i, MIN(width, n - k), acc[i] + r, 1, half);
                 }
                 r += R;
             }
         for (int64_t i = 0; i < m; i++)
             for (int64_t r = 0; r < rows; r += W) {
                 const int64_t at = i * map->out + o + r, left = rows - r;
-                vf v = sums(part[i] + r);
+                vf v = sums(acc[i] + r);
                 if (left >= W) {
                     if (map->bias) v += load(map->bias, o + r, half);
                     store(map->y, at, v, half);
@@ -152,30 +153,14 @@ INLINE void share(const Map *map, const char *packed, int64_t m, int64_t from, i
     }
 }
 
-// Columns of W in a block: all if packed x fits the cache.
-INLINE int64_t block(int64_t m, int64_t n, const int half) {
-    const int64_t span = m * SPAN / LANES(half) * (int64_t)sizeof(vf);
-    return (n + SPAN - 1) / SPAN * span <= CACHE ? n : MAX(1, BLOCK / span) * SPAN;
-}
+#define UNIT 1
+#define KIND(TYPE, HALF)                                                                                                   \
+    static int64_t room_##TYPE(int64_t m, int64_t n) { return (n + LANES(HALF) - 1) / LANES(HALF) * m * sizeof(vf); }      \
+    static void pack_##TYPE(const char *x, char *packed, int64_t m, int64_t n, int64_t k) { pack(x, packed, m, n, k, HALF); } \
+    static void part_##TYPE(const Map *map, const char *packed, int64_t m, int64_t n, int64_t from, int64_t to) {          \
+        part(map, packed, m, n, from, to, HALF);                                                                           \
+    }                                                                                                                      \
+    EXPORT_MAPS(TYPE)
 
-// x [m, n] (row stride xld) times each of `count` maps; m <= 16. A macro, for a thread's part of the loop is a function of its
-// own, which would not see that HALF is a constant.
-#define LINEAR(TYPE, HALF)                                                                                                 \
-    void linear_##TYPE(const char *x, const Map *maps, int64_t count, int64_t m, int64_t n, int64_t xld, int threads) {    \
-        const int64_t lanes = LANES(HALF), width = block(m, n, HALF);                                                      \
-        int64_t all = 0;                                                                                                   \
-        for (int64_t i = 0; i < count; i++) all += maps[i].out;                                                            \
-        char *packed = aligned_alloc(64, ((n + lanes - 1) / lanes * m * sizeof(vf) + 63) / 64 * 64);                       \
-        if (!packed) abort();                                                                                              \
-        pack(x, packed, m, n, xld, HALF);                                                                                  \
-        _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)")                                 \
-        for (int t = 0; t < threads; t++)                                                                                  \
-            for (int64_t i = 0, from = all * t / threads, to = all * (t + 1) / threads; i < count; i++) {                  \
-                share(maps + i, packed, m, MAX(0, from), MIN(maps[i].out, to), n, width, HALF);                            \
-                from -= maps[i].out, to -= maps[i].out;                                                                    \
-            }                                                                                                              \
-        free(packed);                                                                                                      \
-    }
-
-LINEAR(f32, 0)
-LINEAR(bf16, 1)
+KIND(f32, 0)
+KIND(bf16, 1)

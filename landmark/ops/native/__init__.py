@@ -67,6 +67,12 @@ class Source:
         f.argtypes, f.restype = argtypes, None
         return f
 
+    def address(self, name: str) -> int:
+        """Where a function or a constant is, for another kernel that is given it. Raises Unavailable as `function`."""
+        if (reason := self.why_not()) is not None:
+            raise Unavailable(reason)
+        return ctypes.addressof(ctypes.c_char.in_dll(self._library, name))  # type: ignore[arg-type]
+
 
 def build(source: Path) -> Path:
     """The shared library of `source`, from the cache or compiled into it; Unavailable says why there is none."""

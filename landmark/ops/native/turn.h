@@ -1,19 +1,6 @@
 // Rotary embedding (Su et al. 2021) of the heads of one token.
 #pragma once
-#include "vector.h"
-
-#define AT(p, i) ((char *)(p) + (i) * (half ? 2 : 4))
-
-// Lanes i.. of a row of n, padded with zeros; and their way back.
-INLINE vf take(const void *p, int64_t i, int64_t n, int half) {
-    return i + W <= n ? load(p, i, half) : load_n(p, i, n - i, 0, half);
-}
-INLINE void give(void *p, int64_t i, int64_t n, vf x, int half) {
-    if (i + W <= n)
-        store(p, i, x, half);
-    else
-        store_n(p, i, n - i, x, half);
-}
+#include "rows.h"
 
 // The pairs (i, i + R) of one head, turned by the angles of cosines c and sines s.
 INLINE void turn_halves(const void *from, void *to, const float *c, const float *s, int64_t R, float sign, const int half) {

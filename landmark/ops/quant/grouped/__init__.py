@@ -27,7 +27,7 @@ SOURCE = Source(Path(__file__).with_name("grouped.c"))
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 MAX_ROWS = 16
 ONE_THREAD = 2**17  # bytes of codes that a second thread would not read any sooner
-_pack = Struct("4Pq").pack  # grouped.c's Map
+_pack = Struct("4P2q").pack  # maps.h's Map
 
 
 class Map(NamedTuple):
@@ -100,7 +100,13 @@ def _restored(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bit
 
 @cache
 def _kernel(bits: int, dtype: torch.dtype) -> Any:
-    return SOURCE.function(f"linear{bits}_{SUFFIX[dtype]}", c_void_p, c_char_p, *[c_int64] * 3, c_int)
+    return SOURCE.function(f"linear_{bits}_{SUFFIX[dtype]}", c_void_p, c_char_p, *[c_int64] * 3, c_int)
+
+
+@cache
+def kind(bits: int, dtype: torch.dtype) -> int | None:
+    """The address of maps.h's Kind of codes that meet an x of `dtype`; None where there is no kernel."""
+    return SOURCE.address(f"kind_{bits}_{SUFFIX[dtype]}") if dtype in SUFFIX and SOURCE.why_not() is None else None
 
 
 def _few_each(x: Tensor, maps: Sequence[Map], bits: int) -> list[Tensor]:
@@ -110,7 +116,9 @@ def _few_each(x: Tensor, maps: Sequence[Map], bits: int) -> list[Tensor]:
     found, table, size = [], b"", 0
     for codes, scales, bias, rows in maps:
         y = x.new_empty((*lead, rows))
-        table += _pack(codes.data_ptr(), scales.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), rows)
+        table += _pack(
+            codes.data_ptr(), scales.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), rows, 0
+        )
         size += codes.numel()
         found.append(y)
     threads = torch.get_num_threads() if size > ONE_THREAD else 1
@@ -150,6 +158,6 @@ _RUN: dict[Backend, Callable[[Tensor, Tensor, Tensor, Tensor | None, Bits, int],
 }
 
 __all__ = [
-    "Backend", "Bits", "Map", "linear", "linears", "quantise", "reference", "restore", "restore_rows", "shape",
+    "Backend", "Bits", "Map", "kind", "linear", "linears", "quantise", "reference", "restore", "restore_rows", "shape",
     "why_not",
 ]  # fmt: skip

@@ -1,8 +1,8 @@
 // y = x W^T + b for few rows of x and matrices of codes, and those matrices restored. A code is an integer; every 32
 // columns of a row have a scale (float16). Codes lie in tiles of 16 rows, a lane of a vector a row: sums never leave their
 // lane, and are added up in the same order whatever the number of rows of x.
-#include <stdlib.h>
 #include "lanes.h"
+#include "maps.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 #define PAIRS 1  // bfloat16 products by vdpbf16ps, two columns at a time
@@ -129,14 +129,6 @@ INLINE void products_f32(const char *const *w, const float *x, int part, vf *acc
     }
 }
 
-typedef struct {
-    const char *w;      // [tiles, groups, BYTES]
-    const uint16_t *s;  // [tiles, groups, TILE]
-    const void *bias;   // [out] or null
-    char *y;            // [m, out]
-    int64_t out;
-} Map;
-
 // R tiles from number `tile` on, times M rows of packed x, which become y's rows from `row` on.
 INLINE void tiles(const Map *map, int64_t n, const char *x, int64_t tile, int64_t row, const int R, const int M, const int bits,
                   const int half) {
@@ -183,7 +175,7 @@ INLINE void tiles(const Map *map, int64_t n, const char *x, int64_t tile, int64_
 }
 
 // Tiles [from, to). From three rows of x on, two at a time: x is read half as often, and more sums are under way.
-INLINE void share(const Map *map, int64_t n, const char *x, int64_t from, int64_t to, int64_t row, const int M, const int bits,
+INLINE void some_tiles(const Map *map, int64_t n, const char *x, int64_t from, int64_t to, int64_t row, const int M, const int bits,
                   const int half) {
     if (M > 2)
 #pragma GCC unroll 1
@@ -192,64 +184,57 @@ INLINE void share(const Map *map, int64_t n, const char *x, int64_t from, int64_
     for (; from < to; from++) tiles(map, n, x, from, row, 1, M, bits, half);
 }
 
-INLINE void shares(const Map *map, int64_t n, const char *x, int64_t from, int64_t to, int64_t row, int64_t some, const int bits,
+INLINE void part_rows(const Map *map, int64_t n, const char *x, int64_t from, int64_t to, int64_t row, int64_t some, const int bits,
                    const int half) {
     switch (some) {
-        case 1: share(map, n, x, from, to, row, 1, bits, half); break;
-        case 2: share(map, n, x, from, to, row, 2, bits, half); break;
-        case 3: share(map, n, x, from, to, row, 3, bits, half); break;
-        case 4: share(map, n, x, from, to, row, 4, bits, half); break;
-        case 5: share(map, n, x, from, to, row, 5, bits, half); break;
-        case 6: share(map, n, x, from, to, row, 6, bits, half); break;
-        case 7: share(map, n, x, from, to, row, 7, bits, half); break;
-        default: share(map, n, x, from, to, row, MOST, bits, half);
+        case 1: some_tiles(map, n, x, from, to, row, 1, bits, half); break;
+        case 2: some_tiles(map, n, x, from, to, row, 2, bits, half); break;
+        case 3: some_tiles(map, n, x, from, to, row, 3, bits, half); break;
+        case 4: some_tiles(map, n, x, from, to, row, 4, bits, half); break;
+        case 5: some_tiles(map, n, x, from, to, row, 5, bits, half); break;
+        case 6: some_tiles(map, n, x, from, to, row, 6, bits, half); break;
+        case 7: some_tiles(map, n, x, from, to, row, 7, bits, half); break;
+        default: some_tiles(map, n, x, from, to, row, MOST, bits, half);
     }
 }
 
-// x [m, n], MOST rows at a time, as [columns or pairs of them][rows], zero-padded to whole groups.
-INLINE void pack(const char *x, char *packed, int64_t m, int64_t n, const int half) {
-    const int64_t wide = groups_of(n) * GROUP;
-    for (int64_t from = 0; from < m; from += MOST) {
-        const int64_t rows = MIN(MOST, m - from);
-        for (int64_t i = 0; i < rows; i++) {
-            const int64_t at = (from + i) * n;
-            if (half && PAIRS)
-                for (int64_t k = 0; k < wide; k += 2) {
-                    const uint32_t a = k < n ? ((const bf16 *)x)[at + k] : 0, b = k + 1 < n ? ((const bf16 *)x)[at + k + 1] : 0;
-                    ((uint32_t *)packed)[k / 2 * rows + i] = a | b << 16;
-                }
-            else
-                for (int64_t k = 0; k < wide; k++) ((float *)packed)[k * rows + i] = k < n ? get(x, at + k, half) : 0;
-        }
+// COLUMNS of x from the k-th. MOST rows of x at a time are packed as [columns or pairs of them][rows], zero-padded to whole
+// groups.
+INLINE void pack(const char *x, char *packed, int64_t m, int64_t n, int64_t k, const int half) {
+    const int64_t wide = groups_of(n) * GROUP, from = k, end = MIN(wide, k + COLUMNS);
+    for (int64_t first = 0; first < m; first += MOST) {
+        const int64_t rows = MIN(MOST, m - first);
+        if (half && PAIRS) {
+            const bf16 *row = (const bf16 *)x + first * n;
+            uint32_t *to = (uint32_t *)packed + from / 2 * rows;
+            for (k = from; k < MIN(end, n - 1); k += 2)
+                for (int64_t i = 0; i < rows; i++, to++) memcpy(to, row + i * n + k, 4);
+            for (; k < end; k += 2)
+                for (int64_t i = 0; i < rows; i++) *to++ = k < n ? row[i * n + k] : 0;
+        } else
+            for (k = from; k < end; k++)
+                for (int64_t i = 0; i < rows; i++) ((float *)packed)[k * rows + i] = k < n ? get(x, (first + i) * n + k, half) : 0;
         packed += wide * rows * (half && PAIRS ? 2 : 4);
     }
 }
 
-// x [m, n] times each of `count` maps. A macro, for a thread's part of the loop is a function of its own, which would not
-// see that BITS and HALF are constants.
-#define LINEAR(BITS, TYPE, HALF)                                                                                           \
-    void linear##BITS##_##TYPE(const char *x, const Map *maps, int64_t count, int64_t m, int64_t n, int threads) {         \
+#define UNIT TILE
+#define KIND(BITS, TYPE, HALF)                                                                                             \
+    static int64_t room_##BITS##_##TYPE(int64_t m, int64_t n) { return groups_of(n) * GROUP * m * (HALF && PAIRS ? 2 : 4); } \
+    static void pack_##BITS##_##TYPE(const char *x, char *packed, int64_t m, int64_t n, int64_t k) {                       \
+        pack(x, packed, m, n, k, HALF);                                                                                    \
+    }                                                                                                                      \
+    static void part_##BITS##_##TYPE(const Map *map, const char *packed, int64_t m, int64_t n, int64_t from, int64_t to) { \
         const int64_t wide = groups_of(n) * GROUP * (HALF && PAIRS ? 2 : 4);                                               \
-        int64_t all = 0;                                                                                                   \
-        for (int64_t i = 0; i < count; i++) all += tiles_of(maps[i].out);                                                  \
-        char *packed = aligned_alloc(64, (wide * m + 63) / 64 * 64);                                                       \
-        if (!packed) abort();                                                                                              \
-        pack(x, packed, m, n, HALF);                                                                                       \
-        _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)")                                 \
-        for (int t = 0; t < threads; t++)                                                                                  \
-            for (int64_t i = 0, from = all * t / threads, to = all * (t + 1) / threads; i < count; i++) {                  \
-                const int64_t own = tiles_of(maps[i].out);                                                                 \
-                for (int64_t row = 0; row < m; row += MOST)                                                                \
-                    shares(maps + i, n, packed + row * wide, MAX(0, from), MIN(own, to), row, m - row, BITS, HALF);        \
-                from -= own, to -= own;                                                                                    \
-            }                                                                                                              \
-        free(packed);                                                                                                      \
-    }
+        for (int64_t row = 0; row < m; row += MOST)                                                                        \
+            part_rows(map, n, packed + row * wide, from, to, row, m - row, BITS, HALF);                                    \
+    }                                                                                                                      \
+    EXPORT_MAPS(BITS##_##TYPE)
 
-LINEAR(4, f32, 0)
-LINEAR(4, bf16, 1)
-LINEAR(8, f32, 0)
-LINEAR(8, bf16, 1)
+KIND(4, f32, 0)
+KIND(4, bf16, 1)
+KIND(8, f32, 0)
+KIND(8, bf16, 1)
 
 // A tile's group at w as numbers -> y, of which there are `rows` rows, n columns apart, and `columns` columns.
 INLINE void restore(const char *w, const uint16_t *s, char *y, int64_t rows, int64_t columns, int64_t n, const int bits,

@@ -1,0 +1,29 @@
+// Attention of one query a sequence: what ops/attention/decode.c takes.
+#pragma once
+#include "vector.h"
+
+#define PART 1024 // keys of a part
+
+typedef struct {
+    const char *q, *k, *v; // q [slots, heads, d] and out [slots, heads, dv] contiguous
+    void *out;
+    const int64_t *first, *counts; // slot i sees keys first[i] .. first[i] + counts[i]
+    const int64_t *tables; // null, or [slots, pages]: key t of slot i is key t % page of page tables[i, t / page]
+    int64_t slots, heads, kv_heads, d, dv, longest;
+    int64_t k_slot, k_token, k_head, v_slot, v_token, v_head; // strides in elements
+    int64_t pages, page, threads;
+    const char *new_k, *new_v; // null, or [slots, kv_heads, d] and [.., dv] contiguous
+    const float *cos, *sin;    // null, or `pairs` for each slot, `angles` elements apart
+    int64_t pairs, angles, interleaved;
+    const char *q_norm, *k_norm; // null, or [d]: what new queries and keys are normed by before they turn
+    float scale, cap; // cap 0: none
+    float eps, offset; // of the norms
+} Decode;
+
+INLINE int64_t parts_of(const Decode *c, int64_t keys) { return MAX(1, (keys + PART - 1) / PART); }
+
+// Floats of what the parts of keys come to, and elements of the turned queries.
+INLINE int64_t parts_size(const Decode *c) {
+    return c->slots * parts_of(c, c->longest) * c->heads * (c->dv + 2);
+}
+INLINE int64_t turned_size(const Decode *c) { return c->new_k ? c->slots * c->heads * c->d : 0; }

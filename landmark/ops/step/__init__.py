@@ -1,0 +1,121 @@
+"""A residual sublayer of a few tokens in one call of a C kernel (step.c): x + scale f(norm(x)), where f is attention
+over a cache or a feed-forward function.
+
+What Python spends between the kernels of a layer is more than a small model's layer takes, and a quarter of what a
+large one's does whose weights have four bits. The same kernels run, in the same order, in one team of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import c_char_p
+from functools import cache
+from pathlib import Path
+from struct import Struct
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...ctx import Bounds
+from ..activation import ACTIVATIONS
+from ..attention import decode
+from ..native import Source
+
+SOURCE = Source(Path(__file__).with_name("step.c"))
+SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+KINDS = {name: kind for kind, name in enumerate(ACTIVATIONS)}  # as act.h's enum
+MAX_TOKENS = 16
+ONE_THREAD = 2**17  # bytes of weights that a second thread would not read any sooner
+_pack = Struct(f"3P2P3q{'4P2q' * 4}P4q{decode.LAYOUT}3f").pack  # step.c's Step
+_NO_MAP = (0, 0, 0, 0, 0, 0)
+_NO_ATTENTION = (0,) * (len(Struct(decode.LAYOUT).unpack(bytes(Struct(decode.LAYOUT).size))) - 4) + (0.0,) * 4
+
+
+class Map(NamedTuple):
+    """y = x W^T + b, wherever its numbers lie."""
+
+    kind: int  # the address of a Kind of maps.h
+    fields: tuple[int, ...]  # of maps.h's Map
+    width: int
+    bytes: int
+
+
+class Norm(NamedTuple):
+    """RMSNorm by a weight of x's type."""
+
+    weight: Tensor
+    eps: float
+    offset: float
+
+
+def why_not(x: Tensor) -> str | None:
+    """None if the kernel can run on x [B, 1, dim], else why not."""
+    if not x.is_cpu or x.dtype not in SUFFIX:
+        return "it takes float32 and bfloat16 on cpu"
+    if not 0 < x.shape[0] <= MAX_TOKENS or x.shape[1] != 1:
+        return f"it takes one token each of 1 to {MAX_TOKENS} sequences"
+    if torch.is_grad_enabled():
+        return "it has no gradient"
+    if torch.compiler.is_compiling():
+        return "compilers do not see through it"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast picks the dtype"
+    return SOURCE.why_not() or decode.SOURCE.why_not()
+
+
+def feed_forward(x: Tensor, norm: Norm, first: Sequence[Map], down: Map, act: str, scale: float) -> Tensor:
+    """x + scale down(act(gate(norm(x))) up(norm(x))), or of one map scale down(act(up(norm(x)))); x [B, 1, dim]."""
+    return _call(x, norm, first, down, 0, _NO_ATTENTION, KINDS[act], scale)
+
+
+def attend(
+    x: Tensor, norm: Norm, qkv: Sequence[Map], out: Map, keys: Tensor, values: Tensor, seen: Bounds, heads: int,
+    angles: tuple[Tensor, Tensor] | None, interleaved: bool, head_norms: tuple[Norm, Norm] | None, *, softmax: float,
+    window: int | None, softcap: float | None, scale: float,
+) -> Tensor:  # fmt: skip
+    """x + scale out(attention of norm(x)), whose keys and values go to where the last ones of `seen` are in `keys` and
+    `values` (see landmark.ops.attention.decode). `softmax` multiplies scores; `head_norms` are of queries and keys."""
+    cos, sin = angles or (None, None)
+    fresh = decode.Fresh(x, x, cos, sin, interleaved)
+    norms = None
+    if head_norms is not None:
+        q, k = head_norms
+        norms = q.weight.data_ptr(), k.weight.data_ptr(), q.eps, q.offset
+    middle = decode.fields(
+        x, keys, values, None, seen, heads, scale=softmax, window=window, softcap=softcap, fresh=fresh, norms=norms
+    )
+    return _call(x, norm, qkv, out, _answer(x.dtype), middle, 0, scale)
+
+
+def _call(
+    x: Tensor,
+    norm: Norm,
+    first: Sequence[Map],
+    last: Map,
+    answer: int,
+    middle: tuple[float, ...],
+    act: int,
+    scale: float,
+) -> Tensor:
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    maps = (*(m.fields for m in first), _NO_MAP, _NO_MAP)[:3]
+    size = last.bytes + sum(m.bytes for m in first)
+    call = _pack(
+        x.data_ptr(), y.data_ptr(), norm.weight.data_ptr(), first[0].kind, last.kind, len(first), first[0].width,
+        last.width, *maps[0], *maps[1], *maps[2], *last.fields, answer, x.shape[0], x.shape[2], act,
+        torch.get_num_threads() if size > ONE_THREAD else 1, *middle, norm.eps, norm.offset, scale,
+    )  # fmt: skip
+    _kernel(x.dtype)(call)
+    return y
+
+
+@cache
+def _kernel(dtype: torch.dtype) -> Any:
+    return SOURCE.function(f"step_{SUFFIX[dtype]}", c_char_p)
+
+
+@cache
+def _answer(dtype: torch.dtype) -> int:
+    return decode.SOURCE.address(f"answer_{SUFFIX[dtype]}")

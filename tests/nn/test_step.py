@@ -1,0 +1,135 @@
+"""Residual sublayers in one call: what they are module by module, for every variant; and who may look on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import landmark
+from landmark.infer.session import Session
+from landmark.models.decoder import Decoder
+from landmark.nn import residual
+from landmark.ops import step
+from landmark.transforms.quantise import quantise
+
+needs_kernel = pytest.mark.skipif(step.SOURCE.why_not() is not None, reason="no C compiler")
+BASE: dict[str, Any] = {
+    "vocab_size": 90, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": BASE | {"architectures": ["LlamaForCausalLM"]},
+    "biased": BASE | {"architectures": ["Qwen2ForCausalLM"]},
+    "normed heads": BASE | {"architectures": ["Qwen3ForCausalLM"]},
+    "shifted norms": BASE | {"architectures": ["GemmaForCausalLM"], "hidden_activation": "gelu_pytorch_tanh"},
+    "scaled": BASE | {"architectures": ["LlamaForCausalLM"]},
+}
+
+
+def built(name: str, dtype: torch.dtype = torch.float32) -> Decoder:
+    torch.manual_seed(0)
+    model = landmark.build(MODELS[name])
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, std=0.3)
+    for module in model.modules():
+        if name == "scaled" and isinstance(module, residual.PreNorm):
+            module.scale = 0.4
+    assert isinstance(model, Decoder)
+    return model.to(dtype).eval()
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch, use: bool = True) -> Iterator[list[bool]]:
+    """How many sublayers were one call; with `use` False, none may be."""
+    found: list[bool] = []
+    original = residual.sublayer
+
+    def watched(*args: Any) -> Tensor | None:
+        y = original(*args) if use else None
+        found.append(y is not None)
+        return y
+
+    with monkeypatch.context() as patch:
+        patch.setattr(residual, "sublayer", watched)
+        yield found
+
+
+def logits(model: Decoder, rows: int = 3) -> Tensor:
+    """Of five single tokens after beginnings of different lengths."""
+    session = Session(model, rows, 64)
+    generator = torch.Generator().manual_seed(1)
+    session.extend([torch.randint(0, 90, (4 + 7 * i,), generator=generator).tolist() for i in range(rows)])
+    return torch.stack([session.extend([[(5 * t + i) % 90] for i in range(rows)]) for t in range(5)])
+
+
+@needs_kernel
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_one_call_is_what_the_modules_are(
+    name: str, dtype: torch.dtype, bits: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = built(name, dtype)
+    if bits is not None:
+        quantised = quantise(model, bits)
+        assert isinstance(quantised, Decoder)
+        model = quantised
+    with counted(monkeypatch) as calls:
+        got = logits(model)
+    with counted(monkeypatch, use=False):
+        want = logits(model)
+    assert sum(calls) == 5 * 2 * 3, "a sublayer was not one call"
+    error = (got.float() - want.float()).abs().max() / want.float().abs().max()
+    assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@needs_kernel
+def test_hooks_and_changed_weights_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = built("llama")
+    before = logits(model)
+    seen: list[str] = []
+    watched = [m for n, m in model.named_modules() if n.endswith(("1.ffn.fn.up", "2.attn.norm", "0.attn.fn"))]
+    handles = [m.register_forward_hook(lambda m, i, o: seen.append(type(m).__name__)) for m in watched]
+    with counted(monkeypatch) as calls:
+        torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+    assert len(watched) == 3 and sum(calls) == 5 * 3 and set(seen) == {"Linear", "RMSNorm", "Attention"}
+    for handle in handles:
+        handle.remove()
+    other = built("llama")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    want = logits(other)
+    model.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(logits(model), want)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.data / 1.5
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(model.to(torch.bfloat16)), logits(built("llama", torch.bfloat16)))
+
+
+@needs_kernel
+def test_with_gradients_modules_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = built("llama")
+    state = model.new_state(1, 8)
+    with counted(monkeypatch) as calls:
+        model(torch.tensor([[3]]), state=state).sum().backward()
+    assert not any(calls)
+
+
+def test_what_the_kernel_takes() -> None:
+    with torch.no_grad():
+        assert step.why_not(torch.zeros(2, 1, 8)) == step.SOURCE.why_not()
+        assert "one token" in str(step.why_not(torch.zeros(17, 1, 8)))
+        assert "one token" in str(step.why_not(torch.zeros(1, 2, 8)))
+        assert "float32 and bfloat16" in str(step.why_not(torch.zeros(1, 1, 8).double()))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert "autocast" in str(step.why_not(torch.zeros(1, 1, 8)))
+    assert "gradient" in str(step.why_not(torch.zeros(1, 1, 8)))
