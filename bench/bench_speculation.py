@@ -3,7 +3,7 @@
     python bench/bench_speculation.py [--quick] [--out runs/speculation] [--draft DIR] [--steps 120] [--rounds 3]
         [--prompts 4] [--tokens 96] [--json]
 
-On the embedded corpus a draft of about 5 M parameters is trained as `landmark quickstart` does, and a target of 69 M
+On the embedded corpus a draft of about 5 M parameters is trained as `landmark quickstart` does, and a target of 120 M
 with its tokenizer; both stay under --out, so that a second call only measures, and one that was stopped goes on. What
 `landmark quickstart` has made already is as good a draft: --draft runs/quickstart.
 Prompts are beginnings of held-out text, batch 1, bfloat16. A row is one way to draft at one temperature: `speedup` is
@@ -39,8 +39,8 @@ from landmark.train.recipe import SMALL, TokenizerConfig, TrainConfig
 from landmark.train.run import train
 
 LARGE = SMALL | {
-    "hidden_size": 704, "intermediate_size": 1920, "num_hidden_layers": 11, "num_attention_heads": 11,
-    "num_key_value_heads": 11,
+    "hidden_size": 896, "intermediate_size": 2432, "num_hidden_layers": 12, "num_attention_heads": 14,
+    "num_key_value_heads": 14,
 }  # fmt: skip
 TINY = SMALL | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from landmark.ops.quant import grouped
 from landmark.ops.quant.grouped import Backend, Bits, Map, linear, linears, quantise, reference, restore, restore_rows
 
-SHAPES = [(1, 64, 5), (3, 96, 7), (8, 256, 33), (9, 130, 4), (16, 33, 64)]
+SHAPES = [(1, 64, 5), (3, 96, 7), (8, 256, 33), (9, 130, 4), (16, 33, 64), (45, 70, 40)]
 
 
 def made(out: int, width: int, bits: Bits) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +106,22 @@ def test_a_gradient_flows_to_x() -> None:
 
 def test_backends_refuse() -> None:
     _, codes, scales = made(8, 64, 4)
-    with pytest.raises(ValueError, match="1 to 16 rows, not 17"):
-        linear(torch.zeros(17, 64), codes, scales, None, 4, 8, backend="few")
+    with pytest.raises(ValueError, match="1 to 96 rows, not 97"):
+        linear(torch.zeros(97, 64), codes, scales, None, 4, 8, backend="few")
     with pytest.raises(ValueError, match=r"not torch\.float64"):
         linear(torch.zeros(1, 64).double(), codes, scales, None, 4, 8, backend="restored")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gradients_of_many_pieces(bits: Bits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "PIECE", 1)
+    _, codes, scales = made(150, 40, bits)
+    whole = reference.restore(codes, scales, bits, 150, 40, torch.float32)
+    x, bias = torch.randn(3, 40, 40, requires_grad=True), torch.randn(150, requires_grad=True)
+    same = x.detach().clone().requires_grad_(), bias.detach().clone().requires_grad_()
+    y = linear(x, codes, scales, bias, bits, 150)
+    want = torch.nn.functional.linear(same[0], whole, same[1])
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+    grad = torch.randn_like(y)
+    for got, wanted in zip(torch.autograd.grad(y, [x, bias], grad), torch.autograd.grad(want, same, grad), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)

@@ -6,7 +6,7 @@ there are; more rows meet a weight that is restored in memory, in the precision 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_char_p, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -25,9 +25,13 @@ from .reference import Bits, quantise, restore_rows, shape
 Backend = Literal["reference", "few", "restored"]
 SOURCE = Source(Path(__file__).with_name("grouped.c"))
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
-MAX_ROWS = 16
+MAX_ROWS = 96  # beyond them a product of restored weights is as fast
+PIECE = 2**22  # bytes of restored weights at a time
 ONE_THREAD = 2**17  # bytes of codes that a second thread would not read any sooner
 _pack = Struct("4P2q").pack  # maps.h's Map
+
+
+Piece = tuple[slice, Tensor]
 
 
 class Map(NamedTuple):
@@ -94,10 +98,6 @@ def restore(codes: Tensor, scales: Tensor, bits: Bits, rows: int, width: int, dt
     return reference.restore(codes, scales, bits, rows, width, dtype)
 
 
-def _restored(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: Bits, rows: int) -> Tensor:
-    return F.linear(x, _restore(codes, scales, bits, rows, x.shape[-1], x.dtype), bias)
-
-
 @cache
 def _kernel(bits: int, dtype: torch.dtype) -> Any:
     return SOURCE.function(f"linear_{bits}_{SUFFIX[dtype]}", c_void_p, c_char_p, *[c_int64] * 3, c_int)
@@ -137,18 +137,74 @@ def _fake(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: i
 few = inference_op("grouped_few", _few, _fake)
 
 
+@cache
+def _restore_kernel(bits: int, dtype: torch.dtype) -> Any:
+    return SOURCE.function(f"restore{bits}_{SUFFIX[dtype]}", *[c_void_p] * 3, *[c_int64] * 2, c_int)
+
+
 @torch.library.custom_op("landmark::grouped_restore", mutates_args=())
 def _restore(codes: Tensor, scales: Tensor, bits: int, rows: int, width: int, dtype: torch.dtype) -> Tensor:
     y = torch.empty(rows, width, dtype=dtype)
-    kernel = SOURCE.function(f"restore{bits}_{SUFFIX[dtype]}", *[c_void_p] * 3, *[c_int64] * 2, c_int)
     threads = torch.get_num_threads() if codes.numel() > ONE_THREAD else 1
-    kernel(codes.data_ptr(), scales.data_ptr(), y.data_ptr(), rows, width, threads)
+    _restore_kernel(bits, dtype)(codes.data_ptr(), scales.data_ptr(), y.data_ptr(), rows, width, threads)
     return y
 
 
 @_restore.register_fake
 def _(codes: Tensor, scales: Tensor, bits: int, rows: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(rows, width, dtype=dtype, device=codes.device)
+
+
+def _pieces(codes: Tensor, scales: Tensor, bits: int, rows: int, width: int, dtype: torch.dtype) -> Iterator[Piece]:
+    """The weight's rows [n, width], some at a time in one piece of memory that stays near, and which they are."""
+    tiles = max(4, PIECE // (reference.TILE * width * dtype.itemsize))
+    room = torch.empty(min(tiles * reference.TILE, rows), width, dtype=dtype)
+    for tile in range(0, len(codes), tiles):
+        here = slice(tile * reference.TILE, min(rows, (tile + tiles) * reference.TILE))
+        piece = room[: here.stop - here.start]
+        start, of = codes[tile].data_ptr(), scales[tile].data_ptr()
+        _restore_kernel(bits, dtype)(start, of, piece.data_ptr(), len(piece), width, torch.get_num_threads())
+        yield here, piece
+
+
+@torch.library.custom_op("landmark::grouped_linear", mutates_args=())
+def _restored(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int, rows: int) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    y = x.new_empty(len(flat), rows)
+    for here, weight in _pieces(codes, scales, bits, rows, x.shape[-1], x.dtype):
+        y[:, here] = F.linear(flat, weight, None if bias is None else bias[here])
+    return y.view(*x.shape[:-1], rows)
+
+
+@torch.library.custom_op("landmark::grouped_linear_x", mutates_args=())
+def _restored_x(grad: Tensor, codes: Tensor, scales: Tensor, bits: int, rows: int, width: int) -> Tensor:
+    flat = grad.reshape(-1, rows)
+    y = grad.new_zeros(len(flat), width, dtype=torch.float32)
+    for here, weight in _pieces(codes, scales, bits, rows, width, grad.dtype):
+        y += flat[:, here] @ weight
+    return y.to(grad.dtype).view(*grad.shape[:-1], width)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, scales, _, ctx.bits, ctx.rows = inputs
+    ctx.width = x.shape[-1]
+    ctx.save_for_backward(codes, scales)  # the weight is restored again, not kept
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    codes, scales = ctx.saved_tensors
+    bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
+    x = _restored_x(grad, codes, scales, ctx.bits, ctx.rows, ctx.width) if ctx.needs_input_grad[0] else None
+    return x, None, None, bias, None, None
+
+
+_restored.register_fake(_fake)
+_restored.register_autograd(_backward, setup_context=_setup)
+
+
+@_restored_x.register_fake
+def _(grad: Tensor, codes: Tensor, scales: Tensor, bits: int, rows: int, width: int) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], width)
 
 
 _RUN: dict[Backend, Callable[[Tensor, Tensor, Tensor, Tensor | None, Bits, int], Tensor]] = {
