@@ -97,6 +97,10 @@ def generate(
     prompts = read_prompts([*(text or ()), *(prompt or ())], file or [], lines)
     if beams and samples > 1:
         raise ValueError("--samples draws answers and --beams searches for the best; give one of them")
+    drawing = [name for name in ("temperature", "top_k", "top_p", "min_p", "seed") if settings[name] is not None]
+    if beams and drawing:
+        option = "--" + drawing[0].replace("_", "-")
+        raise ValueError(f"{option} is for drawing and --beams searches for the best; leave out one of them")
     loaded, tokenizer = open_model(model, dtype, device, quantise, adapter)
     from ..infer.defaults import recommended
 

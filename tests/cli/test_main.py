@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,3 +138,8 @@ def test_wrong_input_is_one_line(
     if "Usage:" not in told:  # typer's own errors stand in a box
         assert told.startswith("landmark: ") and told.count("\n") == 1
     assert message in re.sub(r"\s*│\s*", " ", told)
+
+
+def test_the_package_runs_as_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "landmark", "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "landmark" in done.stdout and "serve" in done.stdout

@@ -226,6 +226,7 @@ def test_generate_reads_sources_for_an_encoder_decoder(tmp_path: Path) -> None:
         (["x " * 400], "longer than the model's context of 256"),
         (["x", "--top-p", "2"], "top_p is 2.0; it must be above 0"),
         (["x", "--beams", "2", "--samples", "2"], "give one of them"),
+        (["x", "--beams", "2", "--top-k", "5"], "--top-k is for drawing"),
         (["x", "y", "--stream"], "--stream prints one answer"),
         (["x", "--dtype", "f7"], "unknown dtype 'f7'"),
     ],

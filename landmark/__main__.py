@@ -1,0 +1,5 @@
+"""`python -m landmark`: what the command does."""
+
+from .cli.main import main
+
+main()
