@@ -37,8 +37,7 @@ def training(model: Decoder, context: int, rounds: int) -> float:
         model.zero_grad(set_to_none=True)
 
     model.train()
-    if context <= CHUNK:
-        step()
+    step()
     return context / min(seconds(step) for _ in range(rounds if context <= 4 * CHUNK else 1))
 
 

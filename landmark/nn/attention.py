@@ -198,7 +198,13 @@ class Attention(nn.Module):
     def step(self, x: Tensor, norm: Norm, scale: float, ctx: Ctx, state: Cache | None) -> Tensor | None:
         """x + scale f(norm(x)) of one token a sequence in one call; None where it has to be done module by module."""
         c, norms = self.cfg, None
-        if state is None or self.out_norm is not None or c.head_dim % 16:
+        if (
+            state is None
+            or self.out_norm is not None
+            or c.head_dim % 16
+            or ctx.bounds.width != 1
+            or not ctx.bounds.dense
+        ):
             return None
         if self.q_norm is not None and (norms := self._head_norms(x)) is None:
             return None

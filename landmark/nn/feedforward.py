@@ -49,7 +49,7 @@ class MLP(nn.Module):
         return perceptron(x, self.up, self.down, self.act)
 
     def step(self, x: Tensor, norm: Norm, scale: float, ctx: Ctx, state: Any) -> Tensor | None:
-        """x + scale f(norm(x)) of one token a sequence in one call; None where it has to be done module by module."""
+        """x + scale f(norm(x)) of few tokens in one call; None where it has to be done module by module."""
         first, last = step.together(x, self.up), step.linear(x, self.down)
         return None if first is None or last is None else feed_forward(x, norm, first, last, self.act, scale)
 

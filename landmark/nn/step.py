@@ -1,4 +1,4 @@
-"""Residual sublayers of one token a sequence that are one call of a kernel, and what their modules have to be for that.
+"""Residual sublayers of few tokens that are one call of a kernel, and what their modules have to be for that.
 
 A function that can be such a call has a method `step(x, norm, scale, ctx, state)`: x + scale f(norm(x)), or None where
 it has to be computed module by module.
@@ -24,20 +24,15 @@ PLAIN = (Tensor, Parameter)
 
 def sublayer(fn: nn.Module, x: Tensor, norm: nn.Module, scale: float, ctx: Ctx, state: Any) -> Tensor | None:
     """x + scale fn(norm(x)) in one call, or None."""
-    if not hasattr(type(fn), "step") or not decodes(x, ctx) or not unhooked(fn):
+    if not hasattr(type(fn), "step") or not few(x, ctx) or not unhooked(fn):
         return None
     normed = rms_norm(x, norm)
     return None if normed is None else fn.step(x, normed, scale, ctx, state)  # type: ignore[operator]
 
 
-def decodes(x: Tensor, ctx: Ctx) -> bool:
-    """Whether this pass is one token of each of a few sequences, for which the kernel can run."""
-
-    def can() -> bool:
-        bounds = ctx.bounds
-        return ctx.past is not None and bounds.width == 1 and bounds.dense and step.why_not(x) is None
-
-    return ctx.memo(("step", x.dtype), can)
+def few(x: Tensor, ctx: Ctx) -> bool:
+    """Whether x, of a pass that goes on from a state, has so few tokens that the kernel can run."""
+    return ctx.memo(("step", x.dtype, x.shape), lambda: ctx.past is not None and step.why_not(x) is None)
 
 
 def rms_norm(x: Tensor, module: nn.Module) -> step.Norm | None:

@@ -90,6 +90,19 @@ def test_one_call_is_what_the_modules_are(
 
 
 @needs_kernel
+def test_feed_forwards_of_a_few_more_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = built("llama")
+    found = []
+    for use in (True, False):
+        session = Session(model, 2, 32)
+        session.extend([[1, 2, 3], [4]])
+        with counted(monkeypatch, use) as calls:
+            found.append(session.extend([[5, 6, 7, 8], [9, 10]]))
+        assert sum(calls) == 3 * use
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@needs_kernel
 def test_hooks_and_changed_weights_count(monkeypatch: pytest.MonkeyPatch) -> None:
     model = built("llama")
     before = logits(model)
@@ -127,8 +140,7 @@ def test_with_gradients_modules_are_called(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_the_kernel_takes() -> None:
     with torch.no_grad():
         assert step.why_not(torch.zeros(2, 1, 8)) == step.SOURCE.why_not()
-        assert "one token" in str(step.why_not(torch.zeros(17, 1, 8)))
-        assert "one token" in str(step.why_not(torch.zeros(1, 2, 8)))
+        assert "1 to 16 tokens, not 18" in str(step.why_not(torch.zeros(9, 2, 8)))
         assert "float32 and bfloat16" in str(step.why_not(torch.zeros(1, 1, 8).double()))
         with torch.autocast("cpu", torch.bfloat16):
             assert "autocast" in str(step.why_not(torch.zeros(1, 1, 8)))

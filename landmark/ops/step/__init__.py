@@ -50,11 +50,11 @@ class Norm(NamedTuple):
 
 
 def why_not(x: Tensor) -> str | None:
-    """None if the kernel can run on x [B, 1, dim], else why not."""
+    """None if the kernel can run on x [B, T, dim], else why not."""
     if not x.is_cpu or x.dtype not in SUFFIX:
         return "it takes float32 and bfloat16 on cpu"
-    if not 0 < x.shape[0] <= MAX_TOKENS or x.shape[1] != 1:
-        return f"it takes one token each of 1 to {MAX_TOKENS} sequences"
+    if not 0 < (tokens := x.shape[0] * x.shape[1]) <= MAX_TOKENS:
+        return f"it takes 1 to {MAX_TOKENS} tokens, not {tokens}"
     if torch.is_grad_enabled():
         return "it has no gradient"
     if torch.compiler.is_compiling():
@@ -65,7 +65,7 @@ def why_not(x: Tensor) -> str | None:
 
 
 def feed_forward(x: Tensor, norm: Norm, first: Sequence[Map], down: Map, act: str, scale: float) -> Tensor:
-    """x + scale down(act(gate(norm(x))) up(norm(x))), or of one map scale down(act(up(norm(x)))); x [B, 1, dim]."""
+    """x + scale down(act(gate(norm(x))) up(norm(x))), or of one map scale down(act(up(norm(x)))); x [..., dim]."""
     return _call(x, norm, first, down, 0, _NO_ATTENTION, KINDS[act], scale)
 
 
@@ -104,7 +104,7 @@ def _call(
     size = last.bytes + sum(m.bytes for m in first)
     call = _pack(
         x.data_ptr(), y.data_ptr(), norm.weight.data_ptr(), first[0].kind, last.kind, len(first), first[0].width,
-        last.width, *maps[0], *maps[1], *maps[2], *last.fields, answer, x.shape[0], x.shape[2], act,
+        last.width, *maps[0], *maps[1], *maps[2], *last.fields, answer, x.numel() // x.shape[-1], x.shape[-1], act,
         torch.get_num_threads() if size > ONE_THREAD else 1, *middle, norm.eps, norm.offset, scale,
     )  # fmt: skip
     _kernel(x.dtype)(call)
