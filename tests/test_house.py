@@ -20,7 +20,7 @@ FLOORS = [  # a module may import from its own floor and from those below
     {"infer", "train"},
     {"serve", "evals", "safety", "interp"},
     {"papers", "quickstart"},
-    {"cli", "__init__"},
+    {"cli", "__init__", "__main__"},
 ]
 FORBIDDEN = {"transformers", "trl", "peft", "diffusers", "torchvision", "pickle"}
 
