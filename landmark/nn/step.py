@@ -24,10 +24,11 @@ PLAIN = (Tensor, Parameter)
 
 def sublayer(fn: nn.Module, x: Tensor, norm: nn.Module, scale: float, ctx: Ctx, state: Any) -> Tensor | None:
     """x + scale fn(norm(x)) in one call, or None."""
-    if not hasattr(type(fn), "step") or not few(x, ctx) or not unhooked(fn):
+    step_of = getattr(type(fn), "step", None)
+    if step_of is None or fn.training or not few(x, ctx) or not unhooked(fn) or (normed := rms_norm(x, norm)) is None:
         return None
-    normed = rms_norm(x, norm)
-    return None if normed is None else fn.step(x, normed, scale, ctx, state)  # type: ignore[operator]
+    stepped: Tensor | None = step_of(fn, x, normed, scale, ctx, state)
+    return stepped
 
 
 def few(x: Tensor, ctx: Ctx) -> bool:

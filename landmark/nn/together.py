@@ -15,9 +15,10 @@ from .linear import Linear, unhooked
 def together(x: Tensor, *maps: nn.Module) -> Sequence[Tensor]:
     """What each map makes of x [..., in]; of few rows in one call where their weights say all of what they do."""
     if unhooked(*maps):
-        first = maps[0]
-        if all(type(m) is Linear for m in maps):
-            return linears(x, [(m.weight, m.bias) for m in maps])  # type: ignore[misc]
-        if type(first) is CodedLinear and all(type(m) is CodedLinear and m.bits == first.bits for m in maps):
-            return coded_linears(x, [m.map for m in maps], first.bits)  # type: ignore[misc]
+        plain = [m for m in maps if type(m) is Linear]
+        if len(plain) == len(maps):
+            return linears(x, [(m.weight, m.bias) for m in plain])
+        coded = [m for m in maps if type(m) is CodedLinear]
+        if len(coded) == len(maps) and len({m.bits for m in coded}) == 1:
+            return coded_linears(x, [m.map for m in coded], coded[0].bits)
     return [m(x) for m in maps]

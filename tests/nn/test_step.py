@@ -137,6 +137,14 @@ def test_with_gradients_modules_are_called(monkeypatch: pytest.MonkeyPatch) -> N
     assert not any(calls)
 
 
+@needs_kernel
+def test_training_keeps_its_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = built("llama").train()
+    with counted(monkeypatch) as calls:
+        logits(model)
+    assert calls and not any(calls)
+
+
 def test_what_the_kernel_takes() -> None:
     with torch.no_grad():
         assert step.why_not(torch.zeros(2, 1, 8)) == step.SOURCE.why_not()

@@ -71,7 +71,8 @@ class Source:
         """Where a function or a constant is, for another kernel that is given it. Raises Unavailable as `function`."""
         if (reason := self.why_not()) is not None:
             raise Unavailable(reason)
-        return ctypes.addressof(ctypes.c_char.in_dll(self._library, name))  # type: ignore[arg-type]
+        assert self._library is not None
+        return ctypes.addressof(ctypes.c_char.in_dll(self._library, name))
 
 
 def build(source: Path) -> Path:
