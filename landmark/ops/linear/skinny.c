@@ -10,7 +10,7 @@
 #define SIZE(half) ((half) ? 2 : 4)             // bytes of an element
 #define LANES(half) ((half) && PAIRS ? 32 : W)  // columns that a vector of W or of packed x holds
 #define SPAN 128     // columns that one step of the inner loop takes
-#define ROWS 16  // rows of W that share a block of columns, where x needs blocks
+#define ROWS 16      // rows of W that share a block of columns, where x needs blocks
 #define MOST 8       // rows of x at a time
 #define CACHE 32768  // bytes of x that the first-level cache holds beside W's stream
 #define BLOCK 16384  // bytes of x in a block of columns, if all of it is more than CACHE
