@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from pair import seconds, show
 
+from landmark import malloc
 from landmark.models.decoder import Decoder
 from landmark.models.inspect import count, state_bytes
 from landmark.models.pattern import MIXERS, pattern
@@ -37,8 +38,9 @@ def training(model: Decoder, context: int, rounds: int) -> float:
         model.zero_grad(set_to_none=True)
 
     model.train()
-    step()
-    return context / min(seconds(step) for _ in range(rounds if context <= 4 * CHUNK else 1))
+    with malloc.kept():  # as in the training loop
+        step()
+        return context / min(seconds(step) for _ in range(rounds if context <= 4 * CHUNK else 1))
 
 
 @torch.inference_mode()

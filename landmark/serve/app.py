@@ -24,17 +24,18 @@ from pydantic import BaseModel
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
+from .. import malloc
 from ..infer.engine import EngineError, Event, Handle
 from ..infer.engine import Request as Wanted
 from .answers import ChatChoice, TextChoice, gather, head, include_usage, merge_pieces, usage
 from .errors import ApiError, bad, explain
 from .limits import Gate, Limits
-from .memory import keep_trim
 from .metrics import Counted, Metrics
 from .schema import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from .served import Served, ServedEncoder, decoder, find
 
 PAGE = Path(__file__).with_name("page")
+TRIM_EVERY = 20.0  # seconds
 T = TypeVar("T")
 
 
@@ -238,6 +239,13 @@ class Server:
 
     def stats(self) -> dict[str, Any]:
         return {name: asdict(s.engine.stats()) for name, s in self.models.items() if isinstance(s, Served)}
+
+
+async def keep_trim() -> None:
+    """Give free memory back for ever, beside the event loop."""
+    while True:
+        await asyncio.sleep(TRIM_EVERY)
+        await asyncio.to_thread(malloc.trim)
 
 
 def create_app(models: Sequence[Served | ServedEncoder], limits: Limits = Limits()) -> FastAPI:

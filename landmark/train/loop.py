@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import malloc
 from ..config import to_dict
 from ..models.base import Model
 from ..models.inspect import training_flops
@@ -127,8 +128,11 @@ def fit(
         if held and run.evaluated is None:
             report_evaluation()
         stop = False
+        first = run.step + 1
         while run.step < settings.steps and not stop:
             record = run.update()
+            if run.step == first and here.device.type == "cpu" and malloc.plenty(peak_memory(here.device), here.size):
+                stack.enter_context(malloc.kept())
             if log is not None:
                 log.write(record)
             for callback in told:
