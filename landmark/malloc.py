@@ -15,9 +15,7 @@ from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of mallopt(3)
 _NEVER, _LARGEST, _DEFAULT_MMAP_MAX = -1, 32 << 20, 65536
-SHARE = (
-    4  # buffers of unlike sizes leave gaps, of up to a third of the peak: keep them where this many times it is there
-)
+SHARE = 4  # unlike buffers leave gaps, of up to a third of the peak: they are kept where this many times it is there
 
 
 def _libc() -> ctypes.CDLL | None:

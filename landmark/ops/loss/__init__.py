@@ -40,7 +40,7 @@ def cross_entropy(
     hidden [N, D], weight [V, D], targets [N] (int64; -100 is ignored and costs nothing), bias [V]. Sums over the
     counted targets: divide by `count` for means. Only `.loss` has a gradient, computed in forward if it is wanted.
     Label smoothing e gives (1 - e) nll + e mean_v(-log p_v); z-loss adds z_loss logsumexp^2 (PaLM, 2022).
-    `chunk` defaults to the rows of about 2^25 logits (64 MiB in bfloat16). Autocast picks the products' dtype.
+    `chunk` defaults to the rows of 128 MiB of logits. Autocast picks the products' dtype.
     """
     head = Head(softcap, scale, z_loss, label_smoothing)
     hidden, weight, bias = _checked(hidden, weight, targets, bias, head)
@@ -49,7 +49,7 @@ def cross_entropy(
         return reference.cross_entropy(hidden, weight, targets, bias, head)
     grad = torch.is_grad_enabled()
     needs = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    rows = chunk or chunked.default_chunk(weight.shape[0])
+    rows = chunk or chunked.default_chunk(weight)
     loss, nll, count, z, *_ = _cross_entropy(hidden, weight, targets, bias, *head, rows, backend == "cpu", needs)
     return CrossEntropy(loss, nll.detach(), count, z.detach())
 
@@ -76,7 +76,7 @@ def token_logprobs(
         return reference.token_logprobs(hidden, weight, targets, bias, head)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
         raise ValueError("token_logprobs has no gradient: call it under torch.no_grad(), or use backend='reference'")
-    rows = chunk or chunked.default_chunk(weight.shape[0])
+    rows = chunk or chunked.default_chunk(weight)
     return _token_logprobs(hidden, weight, targets, bias, softcap, scale, rows, backend == "cpu")
 
 

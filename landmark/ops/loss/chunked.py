@@ -15,13 +15,13 @@ from ..linear.cpu import MIN_PRODUCT, ONEDNN_IS_FASTER, onednn
 from . import cpu
 from .reference import Head
 
-CHUNK = 2**25  # logits at a time: smaller chunks slow the matrix products, larger ones gain little
+CHUNK_BYTES = 2**27  # of logits at a time: smaller chunks slow the matrix products, larger ones gain little
 SLICE_BYTES = 2**20  # of grad_weight at a time, so that its float32 accumulation reads the product from cache
 
 
-def default_chunk(vocab: int) -> int:
-    """Rows in a chunk of about CHUNK logits."""
-    return max(64, CHUNK // vocab)
+def default_chunk(weight: Tensor) -> int:
+    """Rows of logits in a chunk."""
+    return max(64, CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
 
 
 def reduce_rows(logits: Tensor, targets: Tensor, head: Head, grad: bool) -> tuple[Tensor, Tensor, Tensor]:

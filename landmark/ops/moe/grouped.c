@@ -282,8 +282,19 @@ INLINE void pack_tile(const char *g, int64_t ld, int64_t count, int64_t n, char 
     for (int64_t m = 0; m < count; m += half ? 2 : 1, to += TALL * STEP) {
         if (half) {
             const bf16 *p = (const bf16 *)g + m * ld, *q = p + ld;
-            for (int r = 0; r < TALL; r++)
-                ((uint32_t *)to)[r] = r < n ? p[r] | (uint32_t)(m + 1 < count ? q[r] : 0) << 16 : 0;
+            typedef uint16_t low __attribute__((vector_size(2 * TALL)));
+            typedef uint32_t pairs __attribute__((vector_size(4 * TALL)));
+            low a = {0}, b = {0};
+            if (n == TALL)
+                memcpy(&a, p, sizeof a);
+            else
+                memcpy(&a, p, n * 2);
+            if (m + 1 < count && n == TALL)
+                memcpy(&b, q, sizeof b);
+            else if (m + 1 < count)
+                memcpy(&b, q, n * 2);
+            const pairs both = __builtin_convertvector(a, pairs) | __builtin_convertvector(b, pairs) << 16;
+            memcpy(to, &both, sizeof both);
         } else {
             memcpy(to, g + m * ld * 4, n * 4);
             memset(to + n * 4, 0, (TALL - n) * STEP);
