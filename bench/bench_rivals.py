@@ -18,6 +18,8 @@ bf16/bf16          16 / 16 in all; keys and values are bfloat16 in ours and tran
 int8/q8_0          8.5 / 8.5 in both: 8 bits, and a float16 scale for 32 of them
 int4-all/q4_0-all  4.5 / 4.5 in both: 4 bits, and a float16 scale for 32 of them
 int4/q4_0          4.5 / 8.5 in ours, 4.5 / 6.6 (Q6_K) in llama.cpp: what either does where it is not told
+-a8                what our weights multiply is rounded to 8 bits too, as in all coded formats of llama.cpp
+transformers' model is called in a plain loop; `transformers.generate` is its own loop, less the reading of the prompt.
 OpenVINO's GenAI reads llama.cpp's files: 16 bits as float16, 8 as 8.75 and 4 as 4.6, since it adds a zero point to each
 group; its runtime keeps keys and values in 8 bits, and rounds activations too where weights are coded.
 
@@ -68,12 +70,16 @@ class Pair:
 PAIRS = (
     Pair("bf16", "llama.cpp", "bf16", CLOSE),
     Pair("bf16", "transformers", "bf16", CLOSE),
+    Pair("bf16", "transformers.generate", "bf16", CLOSE),
     Pair("bf16", "openvino", "f16", CLOSE),
     Pair("int8", "llama.cpp", "q8_0", 0.99),
-    Pair("int8", "openvino", "q8_0", 0.99),
+    Pair("int8-a8", "llama.cpp", "q8_0", 0.99),
+    Pair("int8-a8", "openvino", "q8_0", 0.99),
     Pair("int4-all", "llama.cpp", "q4_0-all", 0.9),
-    Pair("int4-all", "openvino", "q4_0-all", 0.9),
+    Pair("int4-all-a8", "llama.cpp", "q4_0-all", 0.9),
+    Pair("int4-all-a8", "openvino", "q4_0-all", 0.9),
     Pair("int4", "llama.cpp", "q4_0", 0.9),
+    Pair("int4-a8", "llama.cpp", "q4_0", 0.9),
 )
 MEASURES: dict[str, tuple[int, int, int]] = {"decode": (1, 64, 32), "batch": (8, 64, 16), "prefill": (1, 512, 0)}
 
@@ -93,15 +99,17 @@ class Places:
         interpreter, script, path = {
             "landmark": (Path(sys.executable), "landmark_worker.py", self.files / "hf" / weights),
             "transformers": (Path(sys.executable), "transformers_worker.py", self.files / "hf" / weights),
+            "transformers.generate": (Path(sys.executable), "transformers_worker.py", self.files / "hf" / weights),
             "llama.cpp": (self.llama, "llama_worker.py", self.files / "gguf" / f"{weights}.gguf"),
             "openvino": (self.openvino, "openvino_worker.py", self.files / "openvino" / weights),
         }[program]
-        return [str(interpreter), str(RIVALS / script), str(path), *settings]
+        own_loop = ["--generate"] if program == "transformers.generate" else []
+        return [str(interpreter), str(RIVALS / script), str(path), *settings, *own_loop]
 
     def has(self, pair: Pair) -> bool:
         """OpenVINO reads files that llama.cpp made."""
-        needs = {"llama.cpp": [self.llama], "openvino": [self.llama, self.openvino], "transformers": []}
-        return None not in needs[pair.rival]
+        needs = {"llama.cpp": [self.llama], "openvino": [self.llama, self.openvino]}
+        return None not in needs.get(pair.rival, [])
 
 
 class Process:
@@ -231,7 +239,7 @@ def prepare(places: Places, shape: str, pairs: Sequence[Pair]) -> int:
     make(Path(sys.executable), "landmark_files.py", shape, hf, *wanted(p.ours for p in pairs if p.ours != "bf16"))
     if places.llama is not None:
         gguf.mkdir(exist_ok=True)
-        formats = wanted(p.theirs for p in pairs if p.rival != "transformers")
+        formats = wanted(p.theirs for p in pairs if not p.rival.startswith("transformers"))
         make(places.llama, "llama_files.py", hf / "bf16", gguf, *formats)
     if places.openvino is not None:
         formats = wanted(p.theirs for p in pairs if p.rival == "openvino")

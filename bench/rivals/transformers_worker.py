@@ -1,9 +1,10 @@
-"""transformers, its model called in a plain loop, which is less than `generate` does:
-`transformers_worker.py DIRECTORY THREADS SLOTS CAPACITY`."""
+"""transformers, its model called in a plain loop, which is less than `generate` does; or with --generate by that:
+`transformers_worker.py DIRECTORY THREADS SLOTS CAPACITY [--generate]`."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 
 import torch
@@ -39,7 +40,22 @@ class Transformers:
         return found
 
 
+class Generate(Transformers):
+    def decode(self, prompts: Sequence[Sequence[int]], steps: int) -> float:
+        """Seconds of `steps` more tokens than one."""
+        tokens, taken = torch.tensor(prompts), []
+        for count in (1, steps + 1):
+            began = time.perf_counter()
+            self.model.generate(
+                tokens, attention_mask=torch.ones_like(tokens), do_sample=False, min_new_tokens=count,
+                max_new_tokens=count, pad_token_id=0,
+            )  # fmt: skip
+            taken.append(time.perf_counter() - began)
+        return taken[1] - taken[0]
+
+
 if __name__ == "__main__":
     out = replies()
     torch.set_num_threads(int(sys.argv[2]))
-    serve(Transformers(sys.argv[1]), out)
+    kind = Generate if sys.argv[5:] == ["--generate"] else Transformers
+    serve(kind(sys.argv[1]), out)

@@ -30,7 +30,10 @@ FrequencyPenalty = Annotated[float | None, typer.Option(help="Subtracted from to
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given several times.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: as stored.")]
-Quantise = Annotated[str | None, typer.Option(help="Round the weights as they are loaded: int8, int4 or int4-all.")]
+Quantise = Annotated[
+    str | None,
+    typer.Option(help="Round the weights as they are loaded: int8, int4, int4-all, or one with -a8."),
+]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Adapter = Annotated[str | None, typer.Option(help="A LoRA directory or hub id, in PEFT's format.")]
 

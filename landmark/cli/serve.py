@@ -31,7 +31,10 @@ def serve(
     rate: Annotated[int | None, typer.Option(min=1, help="Requests a minute for each key or address.")] = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 600.0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: as stored.")] = None,
-    quantise: Annotated[str | None, typer.Option(help="Round the weights as they are loaded: int8, int4.")] = None,
+    quantise: Annotated[
+        str | None,
+        typer.Option(help="Round the weights as they are loaded: int8, int4, int4-all, or one with -a8."),
+    ] = None,
     draft: Annotated[
         str | None,
         typer.Option(

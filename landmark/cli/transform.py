@@ -32,7 +32,8 @@ def transform(
         bool, typer.Option("--pack", help="Ternary linear maps in two bits a weight, to be used and trained no more.")
     ] = False,
     quantise: Annotated[
-        str | None, typer.Option(help="Weights in groups of 4 or 8 bits, to be used and trained no more: int8, int4.")
+        str | None,
+        typer.Option(help="Weights of 4 or 8 bits, to be used, not trained: int8, int4, int4-all, or one with -a8."),
     ] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(help="A LoRA directory or hub id (PEFT) to merge; several add up.")

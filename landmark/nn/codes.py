@@ -62,30 +62,32 @@ class Codes(nn.Module):
         """[rows, width], restored."""
         return restore(self.codes, self.scales, self.bits, self.rows, self.width, self.unit.dtype)
 
-    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., width] -> x W^T + b, [..., rows]."""
-        return product(x, self.codes, self.scales, bias, self.bits, self.rows)
+    def multiply(self, x: Tensor, bias: Tensor | None = None, round_x: bool = False) -> Tensor:
+        """x [..., width] -> x W^T + b, [..., rows]; `round_x`: to 8 bits."""
+        return product(x, self.codes, self.scales, bias, self.bits, self.rows, round_x=round_x)
 
     def extra_repr(self) -> str:
         return f"{self.rows} x {self.width}, {self.bits} bits"
 
 
 class CodedLinear(Codes):
-    """y = x W^T + b with a coded W."""
+    """y = x W^T + b with a coded W; with `round_x`, x is rounded to 8 bits in groups of 32 columns."""
 
     class Config(LinearConfig):
         bits: Bits
+        round_x: bool = False
 
         def check(self) -> None:
             super().check()
             check_bits("CodedLinear.bits", self.bits)
 
         def build(self, linear: Linear) -> CodedLinear:
-            return CodedLinear(self.bits, linear)
+            return CodedLinear(self.bits, linear, self.round_x)
 
-    def __init__(self, bits: Bits, like: Linear) -> None:
+    def __init__(self, bits: Bits, like: Linear, round_x: bool = False) -> None:
         weight = like.weight
         super().__init__(like.out_features, like.in_features, bits, weight.dtype, weight.device)
+        self.round_x = round_x
         self.bias = None if like.bias is None else nn.Parameter(torch.zeros_like(like.bias))
 
     def reset_parameters(self) -> None:
@@ -94,7 +96,7 @@ class CodedLinear(Codes):
             nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.multiply(input, self.bias)
+        return self.multiply(input, self.bias, self.round_x)
 
     @property
     def map(self) -> Map:
@@ -124,10 +126,10 @@ def table(rows: int, width: int, bits: Bits | None) -> nn.Embedding | CodedEmbed
     return CodedEmbedding(rows, width, bits, torch.get_default_dtype())
 
 
-def multiply(matrix: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b by the weight of a linear map or an embedding table."""
+def multiply(matrix: nn.Module, x: Tensor, bias: Tensor | None, round_x: bool) -> Tensor:
+    """x W^T + b by the weight of a linear map or an embedding table; `round_x` goes for coded ones."""
     if isinstance(matrix, Codes):
-        return matrix.multiply(x, bias)
+        return matrix.multiply(x, bias, round_x)
     weight = matrix.weight
     assert isinstance(weight, Tensor)
     return linear(x, weight, bias)

@@ -93,6 +93,7 @@ class Head(nn.Module):
         width: int | None = None
         transform: Transform.Config | None = None
         bits: Bits | None = None  # a weight of its own is kept in so many a number, to be used and not trained
+        round_x: bool = False  # to 8 bits, where the weight is coded
 
         def check(self) -> None:
             super().check()
@@ -129,7 +130,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, embedding: Embedding | None = None) -> Tensor:
         """x [..., dim] -> logits [..., vocab]."""
         x = x if self.transform is None else self.transform(x)
-        logits = multiply(self.matrix(embedding), x, self.bias)
+        logits = multiply(self.matrix(embedding), x, self.bias, self.cfg.round_x)
         logits = logits if self.cfg.scale == 1.0 else logits * self.cfg.scale
         cap = self.cfg.softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -84,7 +84,7 @@ def _plain(x: Tensor, module: nn.Module) -> step.Map | None:
 
 def _coded(x: Tensor, module: nn.Module) -> step.Map | None:
     assert isinstance(module, CodedLinear)
-    codes, kind = module.codes, grouped.kind(module.bits, x.dtype)
+    codes, kind = module.codes, grouped.kind(module.bits, x.dtype, module.round_x)
     if kind is None or not codes.is_cpu or not _fits(x, module.bias):
         return None
     fields = codes.data_ptr(), module.halves.data_ptr(), _at(module.bias), 0, module.rows, 0

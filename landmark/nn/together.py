@@ -19,6 +19,6 @@ def together(x: Tensor, *maps: nn.Module) -> Sequence[Tensor]:
         if len(plain) == len(maps):
             return linears(x, [(m.weight, m.bias) for m in plain])
         coded = [m for m in maps if type(m) is CodedLinear]
-        if len(coded) == len(maps) and len({m.bits for m in coded}) == 1:
-            return coded_linears(x, [m.map for m in coded], coded[0].bits)
+        if len(coded) == len(maps) and len({(m.bits, m.round_x) for m in coded}) == 1:
+            return coded_linears(x, [m.map for m in coded], coded[0].bits, coded[0].round_x)
     return [m(x) for m in maps]

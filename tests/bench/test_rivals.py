@@ -118,7 +118,6 @@ def test_pairs_by_name_and_rival(bench: ModuleType) -> None:
     assert [(p.rival, p.theirs) for p in found] == [
         ("transformers", "bf16"),
         ("llama.cpp", "q8_0"),
-        ("openvino", "q8_0"),
     ]
     assert bench.chosen(None) == list(bench.PAIRS)
     with pytest.raises(ValueError, match="no pair or rival 'vllm'; choose of llama"):
@@ -127,7 +126,8 @@ def test_pairs_by_name_and_rival(bench: ModuleType) -> None:
 
 def test_a_rival_without_an_interpreter_is_left_out(bench: ModuleType, tmp_path: Path) -> None:
     here = Path(sys.executable)
-    for llama, openvino, left in ((None, here, {"transformers"}), (here, None, {"transformers", "llama.cpp"})):
+    theirs = {"transformers", "transformers.generate"}
+    for llama, openvino, left in ((None, here, theirs), (here, None, theirs | {"llama.cpp"})):
         places = bench.Places(tmp_path, llama, openvino)
         assert {pair.rival for pair in bench.PAIRS if places.has(pair)} == left
 
@@ -137,10 +137,13 @@ def test_a_process_that_ends_says_why(bench: ModuleType) -> None:
         bench.Process([sys.executable, "-c", "raise SystemExit('no such weights')", "file"], 1)
 
 
-def test_tiny_weights_beside_transformers(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rival", ["transformers", "transformers.generate"])
+def test_tiny_weights_beside_transformers(
+    rival: str, bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bench, "MEASURES", {"decode": (1, 8, 2), "prefill": (1, 16, 0)})
     places = bench.Places(tmp_path / "files", None, None, threads=1)
-    pair = bench.Pair("bf16", "transformers", "bf16", 0.999)
+    pair = bench.Pair("bf16", rival, "bf16", 0.999)
     vocab = bench.prepare(places, "tiny", [pair, bench.Pair("int4", "llama.cpp", "q4_0", 0.99)])
     config = json.loads((places.files / "hf" / "bf16" / "config.json").read_text())
     assert config["vocab_size"] == vocab and (places.files / "hf" / "int4" / "model.safetensors").exists()

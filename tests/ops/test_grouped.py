@@ -74,6 +74,64 @@ def test_against_float64(shape: tuple[int, int, int], backend: Backend, dtype: t
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["reference", "few"])
+@pytest.mark.parametrize("shape", [*SHAPES, (130, 520, 200)])
+def test_rounded_x_against_float64(
+    shape: tuple[int, int, int], backend: Backend, dtype: torch.dtype, bits: Bits
+) -> None:
+    rows, width, out = shape
+    _, codes, scales = made(out, width, bits)
+    generator = torch.Generator().manual_seed(1)
+    x = (torch.randn(rows, width, generator=generator) * torch.logspace(-3, 3, width)).to(dtype)
+    x[0, :32] = 0
+    bias = torch.randn(out, generator=generator).to(dtype)
+    if (reason := grouped.why_not(backend, x, codes, True)) is not None:
+        pytest.fail(reason)
+    kept = reference.rounded(x.float())
+    step = x.float().abs().max() / 127
+    assert 0 < (kept - x.float()).abs().max() <= 0.5001 * step
+    want = kept.double() @ reference.restore(codes, scales, bits, out, width, torch.float32).double().mT + bias.double()
+    got = linear(x, codes, scales, bias, bits, out, round_x=True, backend=backend)
+    assert got.dtype == dtype
+    error = (got.double() - want).abs().max() / want.abs().max()
+    assert error < (3e-6 if dtype == torch.float32 else 5e-3)
+    plain = linear(x.float(), codes, scales, bias.float(), bits, out)
+    assert 1e-4 < (want - plain).abs().max() / want.abs().max() < 0.02  # x was rounded, and by no more than that
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_rounded_x_does_not_depend_on_its_neighbours_to_the_bit(dtype: torch.dtype, bits: Bits) -> None:
+    _, codes, scales = made(77, 320, bits)
+    x = torch.randn(201, 320, generator=torch.Generator().manual_seed(1)).to(dtype)
+    alone = torch.cat([linear(row[None], codes, scales, None, bits, 77, round_x=True, backend="few") for row in x])
+    for rows in (*range(1, 18), 201):
+        assert torch.equal(linear(x[:rows], codes, scales, None, bits, 77, round_x=True), alone[:rows])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_is_no_number_stays_none_where_x_is_rounded(bits: Bits) -> None:
+    _, codes, scales = made(20, 96, bits)
+    for bad in (float("nan"), float("inf")):
+        x = torch.ones(3, 96)
+        x[1, 40] = bad
+        y = linear(x, codes, scales, None, bits, 20, round_x=True, backend="few")
+        assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+def test_gradients_pass_where_x_is_rounded() -> None:
+    _, codes, scales = made(8, 64, 4)
+    x = torch.randn(2, 64, requires_grad=True)
+    y = linear(x, codes, scales, None, 4, 8, round_x=True)
+    y.sum().backward()
+    whole = reference.restore(codes, scales, 4, 8, 64, torch.float32)
+    torch.testing.assert_close(x.grad, whole.sum(0).expand(2, -1))
+    with torch.no_grad():
+        torch.testing.assert_close(y, linear(x, codes, scales, None, 4, 8, round_x=True), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_does_not_depend_on_its_neighbours_to_the_bit(dtype: torch.dtype, bits: Bits) -> None:
     _, codes, scales = made(77, 320, bits)
     x = torch.randn(16, 320, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -84,13 +142,14 @@ def test_a_row_does_not_depend_on_its_neighbours_to_the_bit(dtype: torch.dtype, 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("round_x", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 20])
-def test_several_maps_in_one_call(rows: int, dtype: torch.dtype, bits: Bits) -> None:
+def test_several_maps_in_one_call(rows: int, round_x: bool, dtype: torch.dtype, bits: Bits) -> None:
     x, bias = torch.randn(2, rows, 200).to(dtype), torch.randn(40).to(dtype)
     maps = [Map(*made(out, 200, bits)[1:], bias if out == 40 else None, out) for out in (300, 40, 5)]
     with torch.no_grad():
-        got = linears(x, maps, bits)
-        want = [linear(x, m.codes, m.scales, m.bias, bits, m.rows) for m in maps]
+        got = linears(x, maps, bits, round_x)
+        want = [linear(x, m.codes, m.scales, m.bias, bits, m.rows, round_x=round_x) for m in maps]
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
 

@@ -67,6 +67,29 @@ def test_saved_loaded_and_cast(tmp_path: Path) -> None:
     assert len(generate(back, [[1, 2, 3]], greedy)[0].tokens) == 5
 
 
+def far(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).square().mean().sqrt() / want.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("way", ["int8", "int4"])
+def test_rounded_activations_cost_little_and_are_kept(way: str, tmp_path: Path) -> None:
+    model = llama(tied=True)
+    tokens = torch.randint(0, 101, (3, 50))
+    plain, new = (quantised(model, name) for name in (way, f"{way}-a8"))
+    with torch.no_grad():
+        old, now, exact = plain(tokens), new(tokens), model(tokens)
+        errors = [
+            float((a - b).square().mean().sqrt() / b.square().mean().sqrt()) for a, b in ((now, old), (old, exact))
+        ]
+        assert 1e-4 < errors[0] < 0.02 and errors[0] < 2 * errors[1]
+        assert torch.equal(new(tokens[1:2]), now[1:2])  # whatever else is in the batch
+        landmark.save(new, tmp_path)
+        back = landmark.load(tmp_path)
+        assert torch.equal(back(tokens), now)
+    assert isinstance(back, Decoder)
+    assert {m.round_x for m in back.modules() if isinstance(m, CodedLinear)} == {True} and back.cfg.head.round_x
+
+
 def test_what_is_skipped_and_what_cannot_be() -> None:
     new = quantise(llama(), 8, outer=None, skip=("down",))
     assert isinstance(new, Decoder) and isinstance(new.embed.tokens, nn.Embedding)

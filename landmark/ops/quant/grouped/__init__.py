@@ -1,7 +1,9 @@
 """Linear maps whose weights are codes of 4 or 8 bits in groups of 32: read at memory speed where rows are few.
 
 Up to `MAX_ROWS` rows of x meet integers that are restored in registers, and a row's result does not depend on how many
-there are; more rows meet a weight that is restored in memory, in the precision of x.
+there are; more rows meet a weight that is restored in memory, in the precision of x. With `round_x` x is rounded to 8
+bits, in groups of 32 columns too: products are of integers, twice as fast where arithmetic is what takes the time, and
+no row depends on the others, however many there are.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from .reference import Bits, quantise, restore_rows, shape
 
 Backend = Literal["reference", "few", "restored"]
 SOURCE = Source(Path(__file__).with_name("grouped.c"))
+ROUNDED = Source(Path(__file__).with_name("rounded.c"))
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 MAX_ROWS = 96  # beyond them a product of restored weights is as fast
 PIECE = 2**22  # bytes of restored weights at a time
@@ -43,7 +46,7 @@ class Map(NamedTuple):
     rows: int
 
 
-def why_not(backend: Backend, x: Tensor, codes: Tensor) -> str | None:
+def why_not(backend: Backend, x: Tensor, codes: Tensor, round_x: bool = False) -> str | None:
     """None if `backend` can run, else why not."""
     if backend not in ("reference", "few", "restored"):
         raise ValueError(f"unknown backend {backend!r}: use 'reference', 'few' or 'restored'")
@@ -56,9 +59,10 @@ def why_not(backend: Backend, x: Tensor, codes: Tensor) -> str | None:
     if backend == "few":
         if torch.is_grad_enabled() and x.requires_grad:
             return "it has no gradient"
-        if not 0 < (rows := x.numel() // max(1, x.shape[-1])) <= MAX_ROWS:
+        rows = x.numel() // max(1, x.shape[-1])
+        if rows == 0 or (rows > MAX_ROWS and not round_x):
             return f"it takes 1 to {MAX_ROWS} rows, not {rows}"
-    return SOURCE.why_not()
+    return (ROUNDED if round_x and backend == "few" else SOURCE).why_not()
 
 
 def linear(
@@ -69,26 +73,26 @@ def linear(
     bits: Bits,
     rows: int,
     *,
+    round_x: bool = False,
     backend: Backend | None = None,
 ) -> Tensor:
     """y = x W^T + b; x [..., width], codes and scales as `quantise` makes them of a W [rows, width], bias [rows] of x's
-    type -> [..., rows]. Differentiable in x."""
-    if backend is not None:
-        if (reason := why_not(backend, x, codes)) is not None:
-            raise ValueError(f"backend {backend!r} cannot run: {reason}")
-        return _RUN[backend](x, codes, scales, bias, bits, rows)
-    if why_not("few", x, codes) is None:
-        return few(x, codes, scales, bias, bits, rows)
-    if why_not("restored", x, codes) is None:
-        return _restored(x, codes, scales, bias, bits, rows)
-    return reference.linear(x, codes, scales, bias, bits, rows)
+    type -> [..., rows]. `round_x`: to 8 bits, see `reference.rounded`. Differentiable in x."""
+    if backend is not None and (reason := why_not(backend, x, codes, round_x)) is not None:
+        raise ValueError(f"backend {backend!r} cannot run: {reason}")
+    run = _RUN[backend or _fastest(x, codes, round_x)]
+    return run(x, codes, scales, bias, bits, rows, round_x)
 
 
-def linears(x: Tensor, maps: Sequence[Map], bits: Bits) -> list[Tensor]:
+def _fastest(x: Tensor, codes: Tensor, round_x: bool) -> Backend:
+    return next(name for name in _RUN if why_not(name, x, codes, round_x) is None)
+
+
+def linears(x: Tensor, maps: Sequence[Map], bits: Bits, round_x: bool = False) -> list[Tensor]:
     """`linear` by each of several maps, for few rows of x in one call."""
-    if why_not("few", x, maps[0].codes) is None and not torch.compiler.is_compiling():
-        return _few_each(x, maps, bits)
-    return [linear(x, m.codes, m.scales, m.bias, bits, m.rows) for m in maps]
+    if why_not("few", x, maps[0].codes, round_x) is None and not torch.compiler.is_compiling():
+        return _few_each(x, maps, bits, round_x)
+    return [linear(x, m.codes, m.scales, m.bias, bits, m.rows, round_x=round_x) for m in maps]
 
 
 def restore(codes: Tensor, scales: Tensor, bits: Bits, rows: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -99,17 +103,19 @@ def restore(codes: Tensor, scales: Tensor, bits: Bits, rows: int, width: int, dt
 
 
 @cache
-def _kernel(bits: int, dtype: torch.dtype) -> Any:
-    return SOURCE.function(f"linear_{bits}_{SUFFIX[dtype]}", c_void_p, c_char_p, *[c_int64] * 3, c_int)
+def _kernel(bits: int, dtype: torch.dtype, round_x: bool) -> Any:
+    source = ROUNDED if round_x else SOURCE
+    return source.function(f"linear_{bits}_{SUFFIX[dtype]}", c_void_p, c_char_p, *[c_int64] * 3, c_int)
 
 
 @cache
-def kind(bits: int, dtype: torch.dtype) -> int | None:
+def kind(bits: int, dtype: torch.dtype, round_x: bool) -> int | None:
     """The address of maps.h's Kind of codes that meet an x of `dtype`; None where there is no kernel."""
-    return SOURCE.address(f"kind_{bits}_{SUFFIX[dtype]}") if dtype in SUFFIX and SOURCE.why_not() is None else None
+    source = ROUNDED if round_x else SOURCE
+    return source.address(f"kind_{bits}_{SUFFIX[dtype]}") if dtype in SUFFIX and source.why_not() is None else None
 
 
-def _few_each(x: Tensor, maps: Sequence[Map], bits: int) -> list[Tensor]:
+def _few_each(x: Tensor, maps: Sequence[Map], bits: int, round_x: bool) -> list[Tensor]:
     x = x.contiguous()
     *lead, width = x.shape
     maps = [m if m.bias is None or m.bias.is_contiguous() else m._replace(bias=m.bias.contiguous()) for m in maps]
@@ -122,15 +128,17 @@ def _few_each(x: Tensor, maps: Sequence[Map], bits: int) -> list[Tensor]:
         size += codes.numel()
         found.append(y)
     threads = torch.get_num_threads() if size > ONE_THREAD else 1
-    _kernel(bits, x.dtype)(x.data_ptr(), table, len(found), x.numel() // width, width, threads)
+    _kernel(bits, x.dtype, round_x)(x.data_ptr(), table, len(found), x.numel() // width, width, threads)
     return found
 
 
-def _few(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int, rows: int) -> Tensor:
-    return _few_each(x, [Map(codes, scales, bias, rows)], bits)[0]
+def _few(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int, rows: int, round_x: bool) -> Tensor:
+    return _few_each(x, [Map(codes, scales, bias, rows)], bits, round_x)[0]
 
 
-def _fake(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int, rows: int) -> Tensor:
+def _fake(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int, rows: int, round_x: bool = False
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
 
@@ -167,8 +175,14 @@ def _pieces(codes: Tensor, scales: Tensor, bits: int, rows: int, width: int, dty
         yield here, piece
 
 
+def _restored(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int, rows: int, round_x: bool
+) -> Tensor:
+    return _by_pieces(reference.rounded(x).to(x.dtype) if round_x else x, codes, scales, bias, bits, rows)
+
+
 @torch.library.custom_op("landmark::grouped_linear", mutates_args=())
-def _restored(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int, rows: int) -> Tensor:
+def _by_pieces(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int, rows: int) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     y = x.new_empty(len(flat), rows)
     for here, weight in _pieces(codes, scales, bits, rows, x.shape[-1], x.dtype):
@@ -198,8 +212,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return x, None, None, bias, None, None
 
 
-_restored.register_fake(_fake)
-_restored.register_autograd(_backward, setup_context=_setup)
+_by_pieces.register_fake(_fake)
+_by_pieces.register_autograd(_backward, setup_context=_setup)
 
 
 @_restored_x.register_fake
@@ -207,11 +221,11 @@ def _(grad: Tensor, codes: Tensor, scales: Tensor, bits: int, rows: int, width: 
     return grad.new_empty(*grad.shape[:-1], width)
 
 
-_RUN: dict[Backend, Callable[[Tensor, Tensor, Tensor, Tensor | None, Bits, int], Tensor]] = {
-    "reference": reference.linear,
+_RUN: dict[Backend, Callable[[Tensor, Tensor, Tensor, Tensor | None, Bits, int, bool], Tensor]] = {
     "few": few,
     "restored": _restored,
-}
+    "reference": reference.linear,
+}  # the first that can run is the fastest
 
 __all__ = [
     "Backend", "Bits", "Map", "kind", "linear", "linears", "quantise", "reference", "restore", "restore_rows", "shape",

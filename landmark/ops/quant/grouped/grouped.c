@@ -1,72 +1,14 @@
 // y = x W^T + b for few rows of x and matrices of codes, and those matrices restored. A code is an integer; every 32
 // columns of a row have a scale (float16). Codes lie in tiles of 16 rows, a lane of a vector a row: sums never leave their
 // lane, and are added up in the same order whatever the number of rows of x.
-#include "lanes.h"
 #include "maps.h"
+#include "tiles.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 #define PAIRS 1  // bfloat16 products by vdpbf16ps, two columns at a time
 #else
 #define PAIRS 0
 #endif
-#define TILE 16         // rows of W
-#define GROUP 32        // columns that share a scale
-#define PARTS (TILE / W)  // vectors of floats for a tile
-#define MOST 8          // rows of x at a time
-#define AHEAD 4096      // bytes to prefetch ahead of the codes that are read
-#define BYTES(bits) (TILE * GROUP * (bits) / 8)  // of a tile's group
-
-INLINE int64_t groups_of(int64_t n) { return (n + GROUP - 1) / GROUP; }
-INLINE int64_t tiles_of(int64_t rows) { return (rows + TILE - 1) / TILE; }
-
-INLINE float from_half(uint16_t h) {
-#ifdef __F16C__
-    return _cvtsh_ss(h);
-#else
-    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
-    uint32_t u = (rest << 13) + 0x38000000;
-    float f;
-    if (rest >= 0x7c00) u += 0x38000000;
-    memcpy(&f, &u, 4);
-    if (rest < 0x400) f = (float)rest * 5.9604644775390625e-8f;
-    memcpy(&u, &f, 4);
-    u |= sign;
-    memcpy(&f, &u, 4);
-    return f;
-#endif
-}
-
-INLINE vf scales(const uint16_t *s) {
-#ifdef __AVX512F__
-    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)s));
-#else
-    vf v;
-    for (int j = 0; j < W; j++) v[j] = from_half(s[j]);
-    return v;
-#endif
-}
-
-// Column k of W rows of a tile's group at w, from row `first` on, as integers in floats. Of 4 bits, a row owns 4 bytes of
-// each of four vectors of 64, for 8 columns: the even ones in the low two, from the low bits on, the odd ones in the
-// others. Of 8 bits (a sign and a magnitude), a vector is for 4 columns: bytes 16 j to 16 j + 7 for two of rows 4 j to
-// 4 j + 3, and as many for the next two.
-INLINE vf column(const char *w, int k, int first, const int bits) {
-    if (bits == 4) {
-        vu v;
-        memcpy(&v, w + k / 8 * 64 + first * 4, sizeof v);
-        return __builtin_convertvector((vi)(v >> (k % 8 / 2 * 4 + k % 2 * 16) & 15) - 8, vf);
-    }
-    typedef int64_t vq __attribute__((vector_size(4 * W)));
-    vq all, own;
-    for (int j = 0; j < W / 2; j++) own[j] = 2 * j % (W / 2) + k % 4 / 2;
-    memcpy(&all, w + k / 4 * 64 + first * 4, sizeof all);
-    all = __builtin_shuffle(all, own);
-    vh two;
-    memcpy(&two, &all, sizeof two);
-    const vu v = __builtin_convertvector(two, vu) >> (k % 2 * 8);
-    return (vf)((vu)__builtin_convertvector((vi)(v & 127), vf) | (v & 128) << 24);
-}
-
 #if PAIRS
 typedef struct {
     __m512i low[2], high[2];  // of 4 bits, low[0] has their bfloat16; of 8, two bytes of the bfloat16 of 0 to 127
@@ -115,20 +57,6 @@ INLINE void products(const char *const *w, const char *x, const Tables *t, vf *a
 }
 #endif
 
-// The same of one of a tile's `PARTS`, in float32.
-INLINE void products_f32(const char *const *w, const float *x, int part, vf *acc, const int R, const int M, const int bits) {
-    for (int i = 0; i < R * M; i++) acc[i] = splat(0);
-#pragma GCC unroll 32
-    for (int k = 0; k < GROUP; k++) {
-        vf v[2];
-        for (int r = 0; r < R; r++) v[r] = column(w[r], k, part * W, bits);
-        for (int i = 0; i < M; i++) {
-            const vf y = splat(x[k * M + i]);
-            for (int r = 0; r < R; r++) acc[r * M + i] += v[r] * y;
-        }
-    }
-}
-
 // R tiles from number `tile` on, times M rows of packed x, which become y's rows from `row` on.
 INLINE void tiles(const Map *map, int64_t n, const char *x, int64_t tile, int64_t row, const int R, const int M, const int bits,
                   const int half) {
@@ -160,18 +88,7 @@ INLINE void tiles(const Map *map, int64_t n, const char *x, int64_t tile, int64_
         for (int r = 0; r < R; r++) w[r] += BYTES(bits), s[r] += TILE;
         x += GROUP * M * (half && PAIRS ? 2 : 4);
     }
-    for (int r = 0; r < R; r++)
-        for (int part = 0; part < PARTS; part++) {
-            const int64_t o = (tile + r) * TILE + part * W, left = MIN(map->out - o, W);
-            for (int i = 0; i < M && left > 0; i++) {
-                vf v = total[(r * M + i) * PARTS + part];
-                if (map->bias) v += left == W ? load(map->bias, o, half) : load_n(map->bias, o, left, 0, half);
-                if (left == W)
-                    store(map->y, (row + i) * map->out + o, v, half);
-                else
-                    store_n(map->y, (row + i) * map->out + o, left, v, half);
-            }
-        }
+    finish(map, total, tile, row, R, M, half);
 }
 
 // Tiles [from, to). From three rows of x on, two at a time: x is read half as often, and more sums are under way.
@@ -186,16 +103,8 @@ INLINE void some_tiles(const Map *map, int64_t n, const char *x, int64_t from, i
 
 INLINE void part_rows(const Map *map, int64_t n, const char *x, int64_t from, int64_t to, int64_t row, int64_t some, const int bits,
                    const int half) {
-    switch (some) {
-        case 1: some_tiles(map, n, x, from, to, row, 1, bits, half); break;
-        case 2: some_tiles(map, n, x, from, to, row, 2, bits, half); break;
-        case 3: some_tiles(map, n, x, from, to, row, 3, bits, half); break;
-        case 4: some_tiles(map, n, x, from, to, row, 4, bits, half); break;
-        case 5: some_tiles(map, n, x, from, to, row, 5, bits, half); break;
-        case 6: some_tiles(map, n, x, from, to, row, 6, bits, half); break;
-        case 7: some_tiles(map, n, x, from, to, row, 7, bits, half); break;
-        default: some_tiles(map, n, x, from, to, row, MOST, bits, half);
-    }
+#define RUN(M) some_tiles(map, n, x, from, to, row, M, bits, half)
+    ROWS_OF(some, RUN)
 }
 
 // COLUMNS of x from the k-th. MOST rows of x at a time are packed as [columns or pairs of them][rows], zero-padded to whole

@@ -82,6 +82,23 @@ def restore_rows(codes: Tensor, scales: Tensor, bits: Bits, ids: Tensor, width: 
     return (numbers * scales[tile, :, row].float()[..., None]).flatten(1)[:, :width].to(dtype)
 
 
-def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: Bits, rows: int) -> Tensor:
-    """x [..., in] times the restored weight, -> [..., rows]."""
-    return F.linear(x, restore(codes, scales, bits, rows, x.shape[-1], x.dtype), bias)
+def rounded(x: Tensor) -> Tensor:
+    """x [..., width] with every 32 of its columns rounded to 8 bits: -127 to 127 times a scale, the largest magnitude
+    / 127. Float32, or float64 for float64; gradients pass as if nothing were rounded."""
+    width = x.shape[-1]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    groups = F.pad(x.detach().to(wide), (0, -width % GROUP)).unflatten(-1, (-1, GROUP))
+    top = groups.abs().amax(-1, keepdim=True)
+    by = torch.where(top > 1e-30, 127 / top, 0)
+    numbers = (groups.double() * by).round_().to(wide)
+    found = (numbers * (top / 127)).flatten(-2)[..., :width]
+    return x + (found - x.detach()) if x.requires_grad else found
+
+
+def linear(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: Bits, rows: int, round_x: bool = False
+) -> Tensor:
+    """x [..., in] times the restored weight, -> [..., rows]; `round_x`: to 8 bits."""
+    kept = rounded(x) if round_x else x
+    weight = restore(codes, scales, bits, rows, x.shape[-1], kept.dtype)
+    return F.linear(kept, weight, None if bias is None else bias.to(kept.dtype)).to(x.dtype)

@@ -1,0 +1,183 @@
+// y = x W^T + b by matrices of codes, where x is rounded to 8 bits with a scale for every 32 of its columns: products of
+// integers, which are exact, so that neither the number of rows of x nor the processor changes a bit of the sums of a group.
+#include "maps.h"
+#include "tiles.h"
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define QUADS 1  // integer products by vpdpbusd, four columns at a time
+#else
+#define QUADS 0
+#endif
+#define CHUNK 131072  // bytes of codes that stay near while all rows of x pass
+
+#define OFFSET(bits) ((bits) == 4 ? 8 : 128)  // what makes a number of W positive
+#define SPAN (GROUP * (QUADS ? 1 : 4) + 8)    // bytes of a row of x in a group: columns, start and scale
+
+// Packed are MOST rows of x at a time, by groups: [columns or quads of them][rows], then where the sums begin (int32) and the
+// scales (float), [rows] each.
+
+#if QUADS
+typedef int8_t bytes __attribute__((vector_size(GROUP)));
+
+// The order in which a quad of lanes of `quad` has its columns.
+INLINE bytes ordered(bytes v, const int bits) {
+    if (bits == 8) return v;
+    bytes order;
+    for (int j = 0; j < GROUP; j++) order[j] = j / 8 * 8 + j / 4 % 2 * 2 + j % 2 * 4 + j / 2 % 2;
+    return __builtin_shuffle(v, order);
+}
+
+// Four columns of 16 rows of a tile's group, a row a lane, made positive. Of 4 bits, 4 p to 4 p + 3 are columns
+// 8 (p / 2) + 2 (p % 2) + (0, 4, 1, 5).
+INLINE __m512i quad(const char *w, int p, const int bits) {
+    if (bits == 4) {
+        const __m512i v = _mm512_loadu_si512(w + p / 2 * 64);
+        return _mm512_and_si512(p % 2 ? _mm512_srli_epi16(v, 4) : v, _mm512_set1_epi8(15));
+    }
+    const __m512i lanes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+    const __m512i v = _mm512_shuffle_epi8(_mm512_loadu_si512(w + p * 64), lanes), one = _mm512_set1_epi8(-128);
+    const __m512i size = _mm512_andnot_si512(one, v);
+    return _mm512_mask_sub_epi8(_mm512_or_si512(size, one), _mm512_movepi8_mask(v), one, size);
+}
+
+// acc[R][M] = R tiles' group times M rows of packed x.
+INLINE void products(const char *const *w, const char *x, vf *acc, const int R, const int M, const int bits) {
+    __m512i sum[2 * MOST];
+    const char *start = x + GROUP * M;
+    for (int i = 0; i < M; i++) {
+        int32_t first;
+        memcpy(&first, start + i * 4, 4);
+        for (int r = 0; r < R; r++) sum[r * M + i] = _mm512_set1_epi32(first);
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < GROUP / 4; p++) {
+        __m512i v[2];
+        for (int r = 0; r < R; r++) v[r] = quad(w[r], p, bits);
+        for (int i = 0; i < M; i++) {
+            int32_t four;
+            memcpy(&four, x + (p * M + i) * 4, 4);
+            const __m512i y = _mm512_set1_epi32(four);
+            for (int r = 0; r < R; r++) sum[r * M + i] = _mm512_dpbusd_epi32(sum[r * M + i], v[r], y);
+        }
+    }
+    for (int i = 0; i < R * M; i++) acc[i] = (vf)_mm512_cvtepi32_ps(sum[i]);
+}
+#endif
+
+// R tiles from number `tile` on, times M rows of packed x, which become y's rows from `row` on.
+INLINE void tiles(const Map *map, int64_t n, const char *x, int64_t tile, int64_t row, const int R, const int M, const int bits,
+                  const int half) {
+    const int64_t groups = groups_of(n);
+    const char *w[2];
+    const uint16_t *s[2];
+    for (int r = 0; r < R; r++) w[r] = map->w + (tile + r) * groups * BYTES(bits), s[r] = map->s + (tile + r) * groups * TILE;
+    vf total[2 * MOST * PARTS], acc[2 * MOST];
+    for (int i = 0; i < R * M * PARTS; i++) total[i] = splat(0);
+#pragma GCC unroll 1
+    for (int64_t g = 0; g < groups; g++, x += SPAN * M) {
+        for (int r = 0; r < R; r++)
+            for (int b = 0; b < BYTES(bits); b += 64) __builtin_prefetch(w[r] + AHEAD + b);
+        float scale[MOST];
+        memcpy(scale, x + (SPAN - 4) * M, M * 4);
+        for (int part = 0; part < PARTS; part++) {
+#if QUADS
+            products(w, x, acc, R, M, bits);
+#else
+            products_f32(w, (const float *)x, part, acc, R, M, bits);
+#endif
+            for (int r = 0; r < R; r++) {
+                const vf own = scales(s[r] + part * W);
+                for (int i = 0; i < M; i++) total[(r * M + i) * PARTS + part] += acc[r * M + i] * (own * scale[i]);
+            }
+        }
+        for (int r = 0; r < R; r++) w[r] += BYTES(bits), s[r] += TILE;
+    }
+    finish(map, total, tile, row, R, M, half);
+}
+
+// Tiles [from, to); from three rows of x on, two at a time: x is read half as often, and more sums are under way.
+INLINE void some_tiles(const Map *map, int64_t n, const char *x, int64_t from, int64_t to, int64_t row, const int M, const int bits,
+                       const int half) {
+    if (M > 2)
+#pragma GCC unroll 1
+        for (; from + 2 <= to; from += 2) tiles(map, n, x, from, row, 2, M, bits, half);
+#pragma GCC unroll 1
+    for (; from < to; from++) tiles(map, n, x, from, row, 1, M, bits, half);
+}
+
+INLINE void part(const Map *map, const char *packed, int64_t m, int64_t n, int64_t from, int64_t to, const int bits,
+                 const int half) {
+    const int64_t groups = groups_of(n), near = MAX(2, CHUNK / (groups * BYTES(bits)) / 2 * 2);
+    for (; from < to; from += near) {
+        const char *x = packed;
+        for (int64_t row = 0; row < m; row += MOST, x += groups * SPAN * MOST) {
+#define RUN(M) some_tiles(map, n, x, from, MIN(to, from + near), row, M, bits, half)
+            ROWS_OF(m - row, RUN)
+        }
+    }
+}
+
+// 32 columns of a row of x from the k-th, rounded, to q; where their sum with W's begins, and their scale.
+INLINE float round_(const char *x, int64_t k, int64_t n, float *q, int32_t *start, const int bits, const int half) {
+    vf v[GROUP / W], most = splat(0);
+    for (int j = 0; j < GROUP / W; j++) {
+        const int64_t at = k % n + j * W, left = n - at;
+        v[j] = left >= W ? load(x, k + j * W, half) : load_n(x, k + j * W, MAX(0, left), 0, half);
+        most = vmax(most, vmax(v[j], -v[j]));
+    }
+    const float top = largest(most), by = top > 1e-30f ? 127 / top : 0;
+    vf all = splat(0);
+    for (int j = 0; j < GROUP / W; j++) {
+        v[j] = v[j] * by + 12582912 - 12582912;  // to the nearest even integer
+        all += v[j];
+        memcpy(q + j * W, v + j, sizeof v[j]);
+    }
+    const float total = sum(all);
+    *start = QUADS && total == total ? -OFFSET(bits) * (int32_t)total : 0;
+    return total == total ? top / 127 : NAN;  // of numbers that are none nothing is made up
+}
+
+// COLUMNS of x from the k-th.
+INLINE void pack(const char *x, char *packed, int64_t m, int64_t n, int64_t k, const int bits, const int half) {
+    const int64_t groups = groups_of(n), end = MIN(n, k + COLUMNS);
+    for (int64_t row = 0; row < m; row++) {
+        const int64_t first = row / MOST * MOST, M = MIN(MOST, m - first), i = row - first;
+        char *to = packed + (groups * first + k / GROUP * M) * SPAN;
+        for (int64_t at = k; at < end; at += GROUP, to += SPAN * M) {
+            float q[GROUP];
+            int32_t start;
+            const float scale = round_(x, row * n + at, n, q, &start, bits, half);
+#if QUADS
+            bytes all;
+            for (int j = 0; j < GROUP; j += W) {
+                typedef int8_t part __attribute__((vector_size(W)));
+                const part some = __builtin_convertvector(__builtin_convertvector(load(q, j, 0), vi), part);
+                memcpy((char *)&all + j, &some, sizeof some);
+            }
+            all = ordered(all, bits);
+            int32_t four[GROUP / 4];
+            memcpy(four, &all, sizeof all);
+            for (int j = 0; j < GROUP / 4; j++) memcpy(to + (j * M + i) * 4, four + j, 4);
+#else
+            for (int j = 0; j < GROUP; j++) memcpy(to + (j * M + i) * 4, q + j, 4);
+#endif
+            memcpy(to + (SPAN - 8) * M + i * 4, &start, 4), memcpy(to + (SPAN - 4) * M + i * 4, &scale, 4);
+        }
+    }
+}
+
+#define UNIT TILE
+#define KIND(BITS, TYPE, HALF)                                                                                             \
+    static int64_t room_##BITS##_##TYPE(int64_t m, int64_t n) { return groups_of(n) * SPAN * m; }                          \
+    static void pack_##BITS##_##TYPE(const char *x, char *packed, int64_t m, int64_t n, int64_t k) {                       \
+        pack(x, packed, m, n, k, BITS, HALF);                                                                              \
+    }                                                                                                                      \
+    static void part_##BITS##_##TYPE(const Map *map, const char *packed, int64_t m, int64_t n, int64_t from, int64_t to) { \
+        part(map, packed, m, n, from, to, BITS, HALF);                                                                     \
+    }                                                                                                                      \
+    EXPORT_MAPS(BITS##_##TYPE)
+
+KIND(4, f32, 0)
+KIND(4, bf16, 1)
+KIND(8, f32, 0)
+KIND(8, bf16, 1)
