@@ -82,3 +82,25 @@ def test_import_adds_little_to_torch() -> None:
 def test_help_is_quick_and_needs_no_torch() -> None:
     quick = "import sys; sys.argv = ['landmark', '--help']; from landmark.cli.main import main\n"
     assert cost(quick + "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules") < 0.5
+
+
+def test_no_compiler_is_loaded_that_nobody_asked_for() -> None:
+    """It takes a second and 60 MB."""
+    code = """
+import sys, torch
+from landmark.models.pattern import FFNS, MIXERS, pattern
+from landmark.transforms.quantise import quantised
+
+tokens = torch.zeros(1, 130, dtype=torch.long)
+for part in [*MIXERS, *(f"attention/{name}" for name in FFNS)]:
+    model = pattern(f"1*{part}", dim=64, vocab=50).build()
+    model.loss(model.hidden(tokens), tokens).loss.backward()
+    with torch.inference_mode():
+        model.eval()(tokens)
+    assert "torch._dynamo" not in sys.modules, part
+with torch.inference_mode():
+    for way in ("int4", "int8-a8"):
+        quantised(pattern("1*attention", dim=64, vocab=50).build().eval(), way)(tokens)
+assert "torch._dynamo" not in sys.modules, "codes"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -136,4 +136,4 @@ def test_refusals_and_fakes() -> None:
     if ops.why_not("cpu", x, weight) is None:
         leaves = [t.requires_grad_() for t in (x, weight, bias, initial)]
         torch.use_deterministic_algorithms(False)
-        torch.library.opcheck(cpu._conv, (*leaves, spans(bounds), True, True))
+        torch.library.opcheck(cpu._conv.op, (*leaves, spans(bounds), True, True))

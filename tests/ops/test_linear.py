@@ -149,7 +149,7 @@ def test_compiles_and_fakes() -> None:
             assert linear(mode.from_tensor(x), mode.from_tensor(weight)).shape == (2, 4)
     if cpu.ONEDNN:
         weight.requires_grad_()
-        torch.library.opcheck(cpu.onednn, (x, weight, bias))
+        torch.library.opcheck(cpu.onednn.op, (x, weight, bias))
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40])

@@ -112,5 +112,5 @@ def test_refusals_and_fakes() -> None:
     with pytest.raises(ValueError, match="'cpu' cannot run: it takes plain float32 and bfloat16"):
         mix_experts(*(t.double() for t in floats[:3]), at, floats[3].double(), "gelu", backend="cpu")
     if ops.why_not("cpu", floats[0], floats[1]) is None:
-        torch.library.opcheck(cpu.gather_dot, (floats[0], floats[1], at))
-        torch.library.opcheck(cpu.gather_sum, (floats[3], floats[1], at))
+        torch.library.opcheck(cpu.gather_dot.op, (floats[0], floats[1], at))
+        torch.library.opcheck(cpu.gather_sum.op, (floats[3], floats[1], at))

@@ -139,5 +139,5 @@ def test_refusals_and_fakes() -> None:
         x, delta, A, B, C, D, z = (t.requires_grad_() for t in args)
         flat = A.detach().mT.contiguous().requires_grad_()
         torch.library.opcheck(
-            cpu._scan, (x, delta, z, B, C, flat, D, given["initial"], spans(bounds), True, 2),
+            cpu._scan.op, (x, delta, z, B, C, flat, D, given["initial"], spans(bounds), True, 2),
         )  # fmt: skip

@@ -193,4 +193,4 @@ def test_refusals_and_fakes() -> None:
             torch.ops.landmark.ssd_step.default, (x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, given["initial"])
         )
         x, B, C, dt, A, D, initial = (t.requires_grad_() for t in (x, B, C, dt, A, D, given["initial"]))
-        torch.library.opcheck(cpu._ssd, (x, B, C, dt, A, D, initial, spans(bounds), True, 1, 2))
+        torch.library.opcheck(cpu._ssd.op, (x, B, C, dt, A, D, initial, spans(bounds), True, 1, 2))

@@ -182,8 +182,8 @@ def test_refusals_and_fakes() -> None:
         bit_linear(x.double(), weight.double(), backend="cpu")
     with pytest.raises(ValueError, match="unknown backend 'fast'"):
         bit_linear(x, weight, backend="fast")  # type: ignore[arg-type]
-    torch.library.opcheck(ops._bit_linear, (x, weight, None, None))
+    torch.library.opcheck(ops._bit_linear.op, (x, weight, None, None))
     packed, scale = pack(ternary(weight, absmean(weight))), absmean(weight)
-    torch.library.opcheck(ops._ternary_linear, (x, packed, scale, None, 4, False, None))
+    torch.library.opcheck(ops._ternary_linear.op, (x, packed, scale, None, 4, False, None))
     meta = ternary_linear(x.to("meta"), packed.to("meta"), scale.to("meta"), out=4)
     assert meta.shape == (2, 4) and meta.is_meta

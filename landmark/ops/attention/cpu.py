@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from ...ctx import Bounds
 from ..native import Source
+from ..operator import Operator
 from .reference import reference
 
 SOURCE = Source(Path(__file__).with_name("flash.c"))
@@ -142,33 +143,20 @@ def _backward(
     return dq, dk, dv
 
 
-_library = torch.library.Library("landmark", "FRAGMENT")
-_OPTIONS = "float scale, float softcap, bool causal, int window, bool covered"
-_library.define(
-    f"attention(Tensor q, Tensor k, Tensor v, Tensor blocks, Tensor sequences, {_OPTIONS}) -> (Tensor, Tensor)"
-)
-_library.define(
-    "attention_backward(Tensor grad, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor sequences,"
-    f" {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
-)
-_library.impl("attention", _forward, "CPU")
-_library.impl("attention_backward", _backward, "CPU")
+flash = Operator("attention", _forward)
+_grads = Operator("attention_backward", _backward)
 
 
-@torch.library.register_fake("landmark::attention", lib=_library)
+@flash.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.register_fake("landmark::attention_backward", lib=_library)
+@_grads.register_fake
 def _(
     grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-flash = torch.ops.landmark.attention.default
-_grads = torch.ops.landmark.attention_backward.default
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -201,4 +189,4 @@ def _again(
     return [next(grads) if x.requires_grad else None for x in (q, k, v)]
 
 
-torch.library.register_autograd("landmark::attention", _vjp, setup_context=_setup, lib=_library)
+flash.register_autograd(_vjp, setup_context=_setup)

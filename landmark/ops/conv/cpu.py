@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from ...ctx import Bounds
 from ..inference import inference_op, learns
 from ..native import Source
+from ..operator import operator
 from ..spans import covers, spans
 
 SOURCE = Source(Path(__file__).with_name("conv.c"))
@@ -84,12 +85,12 @@ def _fake(
     return x.new_empty(x.shape), x.new_empty(spans.shape[0], weight.shape[1] - 1, weight.shape[0])
 
 
-_conv = torch.library.custom_op("landmark::causal_conv", mutates_args=())(_run)
+_conv = operator("causal_conv")(_run)
 _conv.register_fake(_fake)
 _conv_inference = inference_op("causal_conv_inference", _run, _fake)
 
 
-@torch.library.custom_op("landmark::causal_conv_backward", mutates_args=())
+@operator("causal_conv_backward")
 def _conv_backward(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, spans: Tensor, whole: bool, silu: bool,
     dy: Tensor, dlast: Tensor | None,

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from ...ctx import Bounds
 from ..native import Source
+from ..operator import operator
 from ..spans import covers, spans
 
 SOURCE = Source(Path(__file__).with_name("delta.c"))
@@ -86,7 +87,7 @@ def _delta(
     return y, S
 
 
-@torch.library.custom_op("landmark::delta_rule", mutates_args=())
+@operator("delta_rule")
 def _op(
     r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, a: Tensor | None, b: Tensor | None, initial: Tensor | None,
     spans: Tensor, whole: bool, pieces: int,
@@ -108,7 +109,7 @@ def _(
     return r.new_empty(r.shape), new(spans.shape[0], heads, width, width), new(pieces, heads, width, width), found
 
 
-@torch.library.custom_op("landmark::delta_rule_backward", mutates_args=())
+@operator("delta_rule_backward")
 def _op_backward(
     r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, a: Tensor | None, b: Tensor | None, spans: Tensor, whole: bool,
     kept: Tensor, found: Tensor, dy: Tensor, dfinal: Tensor | None,

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from ..activation import ACTIVATIONS
 from ..inference import learns
 from ..native import Source
+from ..operator import Operator
 from . import reference
 
 SOURCE = Source(Path(__file__).with_name("block.c"))
@@ -72,17 +73,6 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
     return x.contiguous(), width
 
 
-_library = torch.library.Library("landmark", "FRAGMENT")
-
-
-def _op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    name = schema.partition("(")[0]
-    _library.define(schema)
-    _library.impl(name, run, "CPU")
-    torch.library.register_fake(f"landmark::{name}", fake, lib=_library)
-    return getattr(torch.ops.landmark, name).default
-
-
 def _direct(op: Any, run: Callable[..., Any]) -> Callable[..., Any]:
     """`op`, or what it runs, five microseconds sooner, where neither a gradient nor a compiler looks on."""
 
@@ -130,17 +120,16 @@ def _rms_norm_backward(
     return grad_x, grad_weight
 
 
-_rms_norm_op = _op(
-    "rms_norm(Tensor x, Tensor? weight, float eps, float offset, int groups) -> (Tensor, Tensor)",
+_rms_norm_op = Operator(
+    "rms_norm",
     _rms_norm,
     lambda x, weight, eps, offset, groups: (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         x.new_empty((x.numel() // x.shape[-1], groups), dtype=torch.float32),
     ),
 )
-_rms_norm_grads = _op(
-    "rms_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor rstd, float offset, int groups, bool need_weight)"
-    " -> (Tensor, Tensor)",
+_rms_norm_grads = Operator(
+    "rms_norm_backward",
     _rms_norm_backward,
     lambda grad, x, weight, rstd, offset, groups, need_weight: (
         torch.empty_like(x, memory_format=torch.contiguous_format),
@@ -165,7 +154,7 @@ def _rms_norm_vjp(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | No
     return grad_x, grad_weight.to(weight.dtype) if need else None, None, None, None
 
 
-torch.library.register_autograd("landmark::rms_norm", _rms_norm_vjp, setup_context=_rms_norm_setup, lib=_library)
+_rms_norm_op.register_autograd(_rms_norm_vjp, setup_context=_rms_norm_setup)
 
 
 # Activations, alone (`up` is None) or gating
@@ -194,13 +183,13 @@ def _glu_backward(grad: Tensor, gate: Tensor, up: Tensor | None, act: str) -> tu
     return grad_gate, grad_up
 
 
-_glu_op = _op(
-    "glu(Tensor gate, Tensor? up, str act) -> Tensor",
+_glu_op = Operator(
+    "glu",
     _glu,
     lambda gate, up, act: torch.empty_like(gate, memory_format=torch.contiguous_format),
 )
-_glu_grads = _op(
-    "glu_backward(Tensor grad, Tensor gate, Tensor? up, str act) -> (Tensor, Tensor)",
+_glu_grads = Operator(
+    "glu_backward",
     _glu_backward,
     lambda grad, gate, up, act: (
         torch.empty_like(grad, memory_format=torch.contiguous_format),
@@ -222,7 +211,7 @@ def _glu_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_gate, None if up is None else grad_up, None
 
 
-torch.library.register_autograd("landmark::glu", _glu_vjp, setup_context=_glu_setup, lib=_library)
+_glu_op.register_autograd(_glu_vjp, setup_context=_glu_setup)
 
 
 # Rotary embedding
@@ -241,8 +230,8 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: boo
     return y
 
 
-_rotary_op = _op(
-    "rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor",
+_rotary_op = Operator(
+    "rotary",
     _rotary,
     lambda x, cos, sin, interleaved, inverse: x.new_empty(x.shape),
 )
@@ -257,6 +246,6 @@ def _rotary_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _rotary_op(grad, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse), None, None, None, None
 
 
-torch.library.register_autograd("landmark::rotary", _rotary_vjp, setup_context=_rotary_setup, lib=_library)
+_rotary_op.register_autograd(_rotary_vjp, setup_context=_rotary_setup)
 
 rms_norm, glu, rotary = _direct(_rms_norm_op, _rms_norm), _direct(_glu_op, _glu), _direct(_rotary_op, _rotary)

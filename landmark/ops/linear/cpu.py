@@ -20,6 +20,7 @@ from torch.nn import Parameter
 
 from ..inference import inference_op
 from ..native import Source, processor
+from ..operator import operator
 
 SOURCE = Source(Path(__file__).with_name("skinny.c"))
 KERNELS = {torch.float32: "linear_f32", torch.bfloat16: "linear_bf16"}
@@ -116,7 +117,7 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 skinny = inference_op("linear_skinny", _skinny, _fake)
 
 
-@torch.library.custom_op("landmark::linear_onednn", mutates_args=())
+@operator("linear_onednn")
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., in], weight [out, in] of any strides, float32; differentiable."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..operator import operator
 from . import chunked, cpu, reference
 from .reference import CrossEntropy, Head
 
@@ -110,7 +111,7 @@ def _pick(backend: Backend | None, hidden: Tensor) -> Backend:
     return backend
 
 
-@torch.library.custom_op("landmark::cross_entropy", mutates_args=())
+@operator("cross_entropy")
 def _cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -176,7 +177,7 @@ def _scaled(g: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
 _cross_entropy.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op("landmark::token_logprobs", mutates_args=())
+@operator("token_logprobs")
 def _token_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, scale: float,
     chunk: int, native: bool,

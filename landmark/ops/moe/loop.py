@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..linear import linear
+from ..operator import operator
 from . import reference
 
 
-@torch.library.custom_op("landmark::grouped_loop", mutates_args=())
+@operator("grouped_loop")
 def grouped_loop(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """x [M, in] sorted by expert, weight [E, out, in] of any strides, counts [E] -> [M, out]; differentiable."""
     y, at = x.new_empty(x.shape[0], weight.shape[1]), 0
@@ -23,7 +24,7 @@ def grouped_loop(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("landmark::grouped_outer", mutates_args=())
+@operator("grouped_outer")
 def grouped_outer(grad: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     """grad [M, out], x [M, in], both sorted by expert, counts [E] -> each expert's grad^T x, [E, out, in]."""
     outer, at = x.new_zeros(counts.numel(), grad.shape[1], x.shape[1]), 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from ctypes import POINTER, byref, c_char_p, c_int
 from functools import cache
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..native import Source
+from ..operator import Operator
 from .loop import again, setup
 
 SOURCE = Source(Path(__file__).with_name("grouped.c"))
@@ -86,30 +86,18 @@ def _grad_weight(grad: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     return y
 
 
-_library = torch.library.Library("landmark", "FRAGMENT")
-
-
-def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """An op of the processor that compilers see as one."""
-    name = schema.partition("(")[0]
-    _library.define(schema)
-    _library.impl(name, run, "CPU")
-    torch.library.register_fake(f"landmark::{name}", fake, lib=_library)
-    return getattr(torch.ops.landmark, name).default
-
-
-grouped_native = define(
-    "grouped_native(Tensor x, Tensor weight, Tensor counts) -> Tensor",
+grouped_native = Operator(
+    "grouped_native",
     _forward,
     lambda x, weight, counts: x.new_empty(x.shape[0], weight.shape[1]),
 )
-_native_x = define(
-    "grouped_native_x(Tensor grad, Tensor weight, Tensor counts) -> Tensor",
+_native_x = Operator(
+    "grouped_native_x",
     _grad_x,
     lambda grad, weight, counts: grad.new_empty(grad.shape[0], weight.shape[2]),
 )
-_native_weight = define(
-    "grouped_native_weight(Tensor grad, Tensor x, Tensor counts) -> Tensor",
+_native_weight = Operator(
+    "grouped_native_weight",
     _grad_weight,
     lambda grad, x, counts: x.new_empty(counts.numel(), grad.shape[1], x.shape[1]),
 )
@@ -127,4 +115,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-torch.library.register_autograd("landmark::grouped_native", _backward, setup_context=setup, lib=_library)
+grouped_native.register_autograd(_backward, setup_context=setup)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..native import Source
+from ..operator import Operator
 from . import reference
-from .native import define
 
 SOURCE = Source(Path(__file__).with_name("rows.c"))
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -91,18 +91,18 @@ def _combine_backward(grad: Tensor, y: Tensor, weights: Tensor, places: Tensor) 
     return grad_y, grad_weights
 
 
-spread = define(
-    "moe_spread(Tensor x, Tensor tokens, Tensor places) -> Tensor",
+spread = Operator(
+    "moe_spread",
     _spread,
     lambda x, tokens, places: x.new_empty(tokens.shape[0], x.shape[1]),
 )
-combine = define(
-    "moe_combine(Tensor y, Tensor? weights, Tensor places) -> Tensor",
+combine = Operator(
+    "moe_combine",
     _combine,
     lambda y, weights, places: y.new_empty(places.shape[0], y.shape[1]),
 )
-_combine_grads = define(
-    "moe_combine_backward(Tensor grad, Tensor y, Tensor weights, Tensor places) -> (Tensor, Tensor)",
+_combine_grads = Operator(
+    "moe_combine_backward",
     _combine_backward,
     lambda grad, y, weights, places: (torch.empty_like(y), torch.empty_like(weights)),
 )

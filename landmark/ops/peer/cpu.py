@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..native import Source
+from ..operator import operator
 
 SOURCE = Source(Path(__file__).with_name("experts.c"))
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -80,19 +81,19 @@ def _table_grad(a: Tensor, x: Tensor, table: Tensor, at: Tensor) -> Tensor:
     return grad
 
 
-@torch.library.custom_op("landmark::gather_dot", mutates_args=())
+@operator("gather_dot")
 def gather_dot(x: Tensor, table: Tensor, at: Tensor) -> Tensor:
     """As `reference.gather_dot`, in float32."""
     return _dot(x, table, at)
 
 
-@torch.library.custom_op("landmark::gather_sum", mutates_args=())
+@operator("gather_sum")
 def gather_sum(a: Tensor, table: Tensor, at: Tensor) -> Tensor:
     """As `reference.gather_sum`."""
     return _sum(a, table, at)
 
 
-@torch.library.custom_op("landmark::peer_table_grad", mutates_args=())
+@operator("peer_table_grad")
 def table_grad(a: Tensor, x: Tensor, table: Tensor, at: Tensor) -> Tensor:
     return _table_grad(a, x, table, at)
 

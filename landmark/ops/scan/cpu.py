@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from ...ctx import Bounds
 from ..inference import inference_op, learns
 from ..native import Source
+from ..operator import operator
 from ..spans import covers, spans
 
 SOURCE = Source(Path(__file__).with_name("scan.c"))
@@ -91,12 +92,12 @@ def _fake(
     return x.new_empty(x.shape), A.new_empty(spans.shape[0], *A.shape), A.new_empty(chunks, *A.shape)
 
 
-_scan = torch.library.custom_op("landmark::selective_scan", mutates_args=())(_run)
+_scan = operator("selective_scan")(_run)
 _scan.register_fake(_fake)
 _scan_inference = inference_op("selective_scan_inference", _run, _fake)
 
 
-@torch.library.custom_op("landmark::selective_scan_backward", mutates_args=())
+@operator("selective_scan_backward")
 def _scan_backward(
     x: Tensor, delta: Tensor, z: Tensor | None, B: Tensor, C: Tensor, A: Tensor, D: Tensor, spans: Tensor, whole: bool,
     kept: Tensor, dy: Tensor, dfinal: Tensor | None,

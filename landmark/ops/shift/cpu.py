@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from ...ctx import Bounds
 from ..native import Source
+from ..operator import operator
 from ..spans import covers, spans
 
 SOURCE = Source(Path(__file__).with_name("shift.c"))
@@ -77,7 +78,7 @@ def _mix(x: Tensor, mix: Tensor, initial: Tensor | None, spans: Tensor, ys: list
     return last
 
 
-@torch.library.custom_op("landmark::token_mix", mutates_args=())
+@operator("token_mix")
 def _op(x: Tensor, mix: Tensor, initial: Tensor | None, spans: Tensor, whole: bool) -> tuple[list[Tensor], Tensor]:
     ys = [_new(x, whole) for _ in range(len(mix))]
     return ys, _mix(x, mix, initial, spans, ys)
@@ -88,7 +89,7 @@ def _(x: Tensor, mix: Tensor, initial: Tensor | None, spans: Tensor, whole: bool
     return [x.new_empty(x.shape) for _ in range(mix.shape[0])], x.new_empty(spans.shape[0], x.shape[2])
 
 
-@torch.library.custom_op("landmark::token_mix_backward", mutates_args=())
+@operator("token_mix_backward")
 def _op_backward(
     x: Tensor, mix: Tensor, initial: Tensor | None, spans: Tensor, whole: bool, dys: list[Tensor], dlast: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:

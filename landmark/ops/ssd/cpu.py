@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from ...ctx import Bounds
 from ..inference import inference_op, learns
 from ..native import Source
+from ..operator import operator
 from ..spans import covers, spans
 
 SOURCE = Source(Path(__file__).with_name("chunks.c"))
@@ -84,12 +85,12 @@ def _fake(
     return x.new_empty(x.shape), state, A.new_empty(chunks, heads, states, width)
 
 
-_ssd = torch.library.custom_op("landmark::ssd", mutates_args=())(_run)
+_ssd = operator("ssd")(_run)
 _ssd.register_fake(_fake)
 _ssd_inference = inference_op("ssd_inference", _run, _fake)
 
 
-@torch.library.custom_op("landmark::ssd_backward", mutates_args=())
+@operator("ssd_backward")
 def _ssd_backward(
     x: Tensor, B: Tensor, C: Tensor, dt: Tensor, A: Tensor, D: Tensor, spans: Tensor, whole: bool, chunk: int,
     kept: Tensor, dy: Tensor, dfinal: Tensor | None,

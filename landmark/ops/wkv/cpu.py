@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from ...ctx import Bounds
 from ..native import Source
+from ..operator import operator
 from ..spans import covers, spans
 
 SOURCE = Source(Path(__file__).with_name("wkv.c"))
@@ -71,7 +72,7 @@ def _wkv(
     return y, state, kept
 
 
-@torch.library.custom_op("landmark::wkv", mutates_args=())
+@operator("wkv")
 def _op(
     k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial: Tensor | None, spans: Tensor, whole: bool, pieces: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +86,7 @@ def _(
     return k.new_empty(k.shape), w.new_empty(spans.shape[0], 3, len(w)), w.new_empty(pieces, 3, len(w))
 
 
-@torch.library.custom_op("landmark::wkv_backward", mutates_args=())
+@operator("wkv_backward")
 def _op_backward(
     k: Tensor, v: Tensor, w: Tensor, u: Tensor, spans: Tensor, whole: bool, kept: Tensor, final: Tensor, dy: Tensor,
     dfinal: Tensor | None,

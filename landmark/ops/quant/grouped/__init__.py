@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...inference import inference_op
 from ...native import Source
+from ...operator import operator
 from . import reference
 from .reference import Bits, quantise, restore_rows, shape
 
@@ -150,7 +151,7 @@ def _restore_kernel(bits: int, dtype: torch.dtype) -> Any:
     return SOURCE.function(f"restore{bits}_{SUFFIX[dtype]}", *[c_void_p] * 3, *[c_int64] * 2, c_int)
 
 
-@torch.library.custom_op("landmark::grouped_restore", mutates_args=())
+@operator("grouped_restore")
 def _restore(codes: Tensor, scales: Tensor, bits: int, rows: int, width: int, dtype: torch.dtype) -> Tensor:
     y = torch.empty(rows, width, dtype=dtype)
     threads = torch.get_num_threads() if codes.numel() > ONE_THREAD else 1
@@ -181,7 +182,7 @@ def _restored(
     return _by_pieces(reference.rounded(x).to(x.dtype) if round_x else x, codes, scales, bias, bits, rows)
 
 
-@torch.library.custom_op("landmark::grouped_linear", mutates_args=())
+@operator("grouped_linear")
 def _by_pieces(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int, rows: int) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     y = x.new_empty(len(flat), rows)
@@ -190,7 +191,7 @@ def _by_pieces(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bi
     return y.view(*x.shape[:-1], rows)
 
 
-@torch.library.custom_op("landmark::grouped_linear_x", mutates_args=())
+@operator("grouped_linear_x")
 def _restored_x(grad: Tensor, codes: Tensor, scales: Tensor, bits: int, rows: int, width: int) -> Tensor:
     flat = grad.reshape(-1, rows)
     y = grad.new_zeros(len(flat), width, dtype=torch.float32)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...linear import linear
+from ...operator import Operator, operator
 from . import cpu, reference
 from .reference import absmean, pack, quantise_tokens, ternary, unpack
 
@@ -55,13 +56,6 @@ def _check(backend: Backend | None, x: Tensor, *others: Tensor | None) -> None:
         raise ValueError(f"backend {backend!r} cannot run: {reason}")
 
 
-_library = torch.library.Library("landmark", "FRAGMENT")
-_library.define(
-    "ternary_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, SymInt out, bool reciprocal, str? backend) -> "
-    "Tensor"
-)
-
-
 def _run(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, out: int, reciprocal: bool, backend: str | None
 ) -> Tensor:
@@ -94,16 +88,11 @@ def _times(grad: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     return linear(grad, (unpack(packed, grad.shape[-1]).to(grad.dtype) * scale.to(grad.dtype)).mT)
 
 
-_library.impl("ternary_linear", _run, "CPU")
-_library.impl("ternary_linear", _run, "CUDA")
-torch.library.register_fake("landmark::ternary_linear", _fake, lib=_library)
-torch.library.register_autograd(
-    "landmark::ternary_linear", _backward_ternary, setup_context=_setup_ternary, lib=_library
-)
-_ternary_linear = torch.ops.landmark.ternary_linear.default
+_ternary_linear = Operator("ternary_linear", _run, _fake)
+_ternary_linear.register_autograd(_backward_ternary, setup_context=_setup_ternary)
 
 
-@torch.library.custom_op("landmark::bit_linear", mutates_args=())
+@operator("bit_linear")
 def _bit_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
