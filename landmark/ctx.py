@@ -58,6 +58,18 @@ class Bounds:
         starts = [start // self.width for start, _ in self.spans]
         return starts == list(range(self.rows))
 
+    @cached_property
+    def filled(self) -> tuple[int, ...] | None:
+        """The lengths of sequences that lie end to end, with nothing before, between or after them; else None."""
+        if self.spans is None:
+            return (self.width,) * self.rows
+        end = 0
+        for start, length in self.spans:
+            if start != end:
+                return None
+            end += length
+        return tuple(length for _, length in self.spans) if end == self.rows * self.width else None
+
     @classmethod
     def of_lengths(cls, lengths: tuple[int, ...]) -> Bounds:
         """Sequences end to end in one row."""

@@ -196,25 +196,19 @@ class Attention(nn.Module):
         return state.room(ctx)
 
     def step(self, x: Tensor, norm: Norm, scale: float, ctx: Ctx, state: Cache | None) -> Tensor | None:
-        """x + scale f(norm(x)) of one token a sequence in one call; None where it has to be done module by module."""
+        """x + scale f(norm(x)) of a few tokens in one call; None where it has to be done module by module."""
         c, norms = self.cfg, None
-        if (
-            state is None
-            or self.out_norm is not None
-            or c.head_dim % 16
-            or ctx.bounds.width != 1
-            or not ctx.bounds.dense
-        ):
+        if state is None or self.out_norm is not None or c.head_dim % 16 or (lengths := ctx.bounds.filled) is None:
             return None
         if self.q_norm is not None and (norms := self._head_norms(x)) is None:
             return None
         first, last = step.together(x, self.q, self.k, self.v), step.linear(x, self.out)
         if first is None or last is None or (room := self._room(ctx, state)) is None or room[0].dtype != x.dtype:
             return None
+        angles = None if self.rope is None else self.rope.angles(ctx, x.dtype)
         return attend(
-            x, norm, first, last, *room, c.heads, None if self.rope is None else self.rope.angles(ctx, x.dtype),
-            self.rope is not None and self.rope.cfg.interleaved, norms, softmax=self.scale, window=c.window,
-            softcap=c.softcap, scale=scale,
+            x, norm, first, last, lengths, *room, c.heads, angles, self.rope is not None and self.rope.cfg.interleaved,
+            norms, softmax=self.scale, window=c.window, softcap=c.softcap, scale=scale,
         )  # fmt: skip
 
     def _head_norms(self, x: Tensor) -> tuple[Norm, Norm] | None:

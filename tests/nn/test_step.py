@@ -90,16 +90,23 @@ def test_one_call_is_what_the_modules_are(
 
 
 @needs_kernel
-def test_feed_forwards_of_a_few_more_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = built("llama")
+@pytest.mark.parametrize("rows", [[[5, 6, 7, 8], [9, 10]], [[5, 6, 7], [8, 9, 10]], [[5], list(range(6, 21))]])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_few_more_tokens_of_each_text(name: str, rows: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = built(name)
     found = []
     for use in (True, False):
         session = Session(model, 2, 32)
         session.extend([[1, 2, 3], [4]])
         with counted(monkeypatch, use) as calls:
-            found.append(session.extend([[5, 6, 7, 8], [9, 10]]))
-        assert sum(calls) == 3 * use
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+            found.append(session.extend(rows))
+        assert sum(calls) == 6 * use
+        found.append(session.extend([[11], [12]]))  # what was kept is right too
+    torch.testing.assert_close(found[:2], found[2:], rtol=1e-4, atol=1e-5)
+    for row, beginning in enumerate(([1, 2, 3], [4])):
+        with counted(monkeypatch, use=False):
+            alone = Session(model, 1, 32).extend([beginning + rows[row]])
+        torch.testing.assert_close(found[0][row], alone[0], rtol=1e-4, atol=1e-5)
 
 
 @needs_kernel

@@ -1,8 +1,8 @@
-// Attention of one query a sequence over its cached keys and values, in one pass over both (online softmax, Milakov and
+// Attention of one or a few queries a sequence over its cached keys and values, in one pass over both (online softmax, Milakov and
 // Gimelshein 2018). Query heads that share a key head share what is read of it; long caches are cut into parts of fixed
 // length, attended apart and merged in order (Flash-Decoding, Dao et al. 2023), so that threads change no bit. The cache
-// may lie in pages, wherever they are (PagedAttention, Kwon et al. 2023). A sequence's last key and value may be new: then
-// query and key are turned by their position first, and key and value put where they belong.
+// may lie in pages, wherever they are (PagedAttention, Kwon et al. 2023). The last key and value that a query sees may be
+// new: then query and key are turned by their position first, and key and value put where they belong.
 #include <stdlib.h>
 #include "decode.h"
 #include "lanes.h"
@@ -121,13 +121,13 @@ typedef struct {
 
 // Key t of a slot and head, its value, and how many more of that slot lie behind it.
 INLINE Run run_from(const Decode *c, int64_t slot, int64_t head, int64_t t, const int64_t size) {
-    int64_t at = c->first[slot] + t, row = slot, n = INT64_MAX;
+    int64_t at = c->first[slot] + t, row = c->rows[slot], n = INT64_MAX;
     if (c->tables) {
-        row = c->tables[slot * c->pages + at / c->page], at %= c->page;
+        row = c->tables[row * c->pages + at / c->page], at %= c->page;
         n = c->page - at;
     }
-    return (Run){c->k + (row * c->k_slot + at * c->k_token + head * c->k_head) * size,
-                 c->v + (row * c->v_slot + at * c->v_token + head * c->v_head) * size, n};
+    return (Run){c->k + (row * c->k_row + at * c->k_token + head * c->k_head) * size,
+                 c->v + (row * c->v_row + at * c->v_token + head * c->v_head) * size, n};
 }
 
 // The next up to BLOCK tokens of a part: where they lie; the number of runs.
@@ -241,7 +241,8 @@ INLINE void merge(const Decode *c, int64_t slot, int64_t head, float *parts, int
 // Heads [n, d] are normed, if there is a norm, and turned -> to.
 INLINE void ready(const Decode *c, const char *heads, const char *norm, int64_t slot, int64_t n, char *to, const int half) {
     for (int64_t g = 0; norm && g < n; g++) rms_norm_row(AT(heads, g * c->d), norm, half, AT(to, g * c->d), c->d, c->eps, c->offset, half);
-    turn(norm ? to : heads, to, c->cos + slot * c->angles, c->sin + slot * c->angles, n, c->d, c->d, c->pairs, 1, c->interleaved, half);
+    const int64_t angles = c->turns ? slot % c->turns * c->pairs : 0;
+    turn(norm ? to : heads, to, c->cos + angles, c->sin + angles, n, c->d, c->d, c->pairs, 1, c->interleaved, half);
 }
 
 // The new key and value of a head take their place; its queries -> turned.

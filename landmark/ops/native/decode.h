@@ -1,4 +1,4 @@
-// Attention of one query a sequence: what ops/attention/decode.c takes.
+// Attention of a few queries over what is kept of their sequences: what ops/attention/decode.c takes. A slot is a query.
 #pragma once
 #include "vector.h"
 
@@ -7,14 +7,14 @@
 typedef struct {
     const char *q, *k, *v; // q [slots, heads, d] and out [slots, heads, dv] contiguous
     void *out;
-    const int64_t *first, *counts; // slot i sees keys first[i] .. first[i] + counts[i]
-    const int64_t *tables; // null, or [slots, pages]: key t of slot i is key t % page of page tables[i, t / page]
+    const int64_t *first, *counts, *rows; // slot i sees keys first[i] .. first[i] + counts[i] of row rows[i]
+    const int64_t *tables; // null, or [rows, pages]: key t of row i is key t % page of page tables[i, t / page]
     int64_t slots, heads, kv_heads, d, dv, longest;
-    int64_t k_slot, k_token, k_head, v_slot, v_token, v_head; // strides in elements
+    int64_t k_row, k_token, k_head, v_row, v_token, v_head; // strides in elements
     int64_t pages, page, threads;
     const char *new_k, *new_v; // null, or [slots, kv_heads, d] and [.., dv] contiguous
-    const float *cos, *sin;    // null, or `pairs` for each slot, `angles` elements apart
-    int64_t pairs, angles, interleaved;
+    const float *cos, *sin;    // null, or [turns, pairs]: slot i turns by row i % turns
+    int64_t pairs, turns, interleaved;
     const char *q_norm, *k_norm; // null, or [d]: what new queries and keys are normed by before they turn
     float scale, cap; // cap 0: none
     float eps, offset; // of the norms

@@ -70,12 +70,14 @@ def feed_forward(x: Tensor, norm: Norm, first: Sequence[Map], down: Map, act: st
 
 
 def attend(
-    x: Tensor, norm: Norm, qkv: Sequence[Map], out: Map, keys: Tensor, values: Tensor, seen: Bounds, heads: int,
+    x: Tensor, norm: Norm, qkv: Sequence[Map], out: Map, lengths: tuple[int, ...], keys: Tensor, values: Tensor,
+    seen: Bounds, heads: int,
     angles: tuple[Tensor, Tensor] | None, interleaved: bool, head_norms: tuple[Norm, Norm] | None, *, softmax: float,
     window: int | None, softcap: float | None, scale: float,
 ) -> Tensor:  # fmt: skip
-    """x + scale out(attention of norm(x)), whose keys and values go to where the last ones of `seen` are in `keys` and
-    `values` (see landmark.ops.attention.decode). `softmax` multiplies scores; `head_norms` are of queries and keys."""
+    """x + scale out(attention of norm(x)); x holds `lengths` tokens of each sequence in turn, whose keys and values go
+    to where the last ones of `seen` are in `keys` and `values` (see landmark.ops.attention.decode). `softmax`
+    multiplies scores; `head_norms` are of queries and keys."""
     cos, sin = angles or (None, None)
     fresh = decode.Fresh(x, x, cos, sin, interleaved)
     norms = None
@@ -83,7 +85,18 @@ def attend(
         q, k = head_norms
         norms = q.weight.data_ptr(), k.weight.data_ptr(), q.eps, q.offset
     middle = decode.fields(
-        x, keys, values, None, seen, heads, scale=softmax, window=window, softcap=softcap, fresh=fresh, norms=norms
+        x,
+        keys,
+        values,
+        None,
+        lengths,
+        seen,
+        heads,
+        scale=softmax,
+        window=window,
+        softcap=softcap,
+        fresh=fresh,
+        norms=norms,
     )
     return _call(x, norm, qkv, out, _answer(x.dtype), middle, 0, scale)
 
