@@ -10,9 +10,9 @@
 #define SIZE(half) ((half) ? 2 : 4)             // bytes of an element
 #define LANES(half) ((half) && PAIRS ? 32 : W)  // columns that a vector of W or of packed x holds
 #define SPAN 128     // columns that one step of the inner loop takes
-#define ROWS 16      // rows of W that share a block of columns, where x needs blocks
+#define ROWS 32      // rows of W that share a block of columns, where x needs blocks; else half as many
 #define MOST 8       // rows of x at a time
-#define CACHE 32768  // bytes of x that the first-level cache holds beside W's stream
+#define CACHE 28672  // bytes of x that the first-level cache holds beside W's stream
 #define BLOCK 16384  // bytes of x in a block of columns, if all of it is more than CACHE
 #define AHEAD 8192   // bytes to prefetch ahead where W is read in order
 
@@ -40,16 +40,16 @@ typedef struct {  // where some rows of W go on
 
 // Adds vector u of R rows of W times M rows of x, of which packed x has m, to acc[R][M].
 INLINE void step(Rows at, const char *x, vf *acc, int u, const int R, const int M, const int half) {
-    vf v[2];
+    vf v[3];
     for (int r = 0; r < R; r++) v[r] = weights(at.w + r * at.wide, u, half);
     for (int i = 0; i < M; i++)
         for (int r = 0; r < R; r++) acc[r * M + i] = dot(v[r], x + i * sizeof(vf), acc[r * M + i], half);
 }
 
-// Adds n columns of R rows of W times M rows of packed x to part[M][ROWS].
-INLINE void strip(Rows at, const char *x, int64_t m, int64_t n, vf *part, const int R, const int M, const int half) {
+// n columns of R rows of W times M rows of packed x, added to part[M][ROWS] or, if they are the `first`, its content.
+INLINE void strip(Rows at, const char *x, int64_t m, int64_t n, int first, vf *part, const int R, const int M, const int half) {
     const int lanes = LANES(half), sets = R * M <= 4 ? 4 : R * M <= 8 ? 2 : 1;
-    vf acc[16];  // [sets][R][M]
+    vf acc[3 * MOST];  // [sets][R][M]
     for (int i = 0; i < sets * R * M; i++) acc[i] = splat(0);
 #pragma GCC unroll 1
     for (; n >= SPAN; n -= SPAN) {
@@ -61,7 +61,7 @@ INLINE void strip(Rows at, const char *x, int64_t m, int64_t n, vf *part, const 
     }
 #pragma GCC unroll 1
     for (int u = 0; n > 0; u++, n -= lanes, x += m * sizeof(vf)) {
-        char last[2][64] = {0};
+        char last[3][64] = {0};
         Rows end = at;
         int v = u;
         if (n < lanes) {
@@ -73,20 +73,21 @@ INLINE void strip(Rows at, const char *x, int64_t m, int64_t n, vf *part, const 
     for (int i = 0; i < M; i++)
         for (int r = 0; r < R; r++) {
             for (int u = 1; u < sets; u++) acc[r * M + i] += acc[(u * R + r) * M + i];
-            part[i * ROWS + r] += acc[r * M + i];
+            part[i * ROWS + r] = first ? acc[r * M + i] : part[i * ROWS + r] + acc[r * M + i];
         }
 }
 
-INLINE void strips(Rows at, const char *x, int64_t m, int64_t some, int64_t n, vf *part, const int R, const int half) {
+INLINE void strips(Rows at, const char *x, int64_t m, int64_t some, int64_t n, int first, vf *part, const int R,
+                   const int half) {
     switch (some) {
-        case 1: strip(at, x, m, n, part, R, 1, half); break;
-        case 2: strip(at, x, m, n, part, R, 2, half); break;
-        case 3: strip(at, x, m, n, part, R, 3, half); break;
-        case 4: strip(at, x, m, n, part, R, 4, half); break;
-        case 5: strip(at, x, m, n, part, R, 5, half); break;
-        case 6: strip(at, x, m, n, part, R, 6, half); break;
-        case 7: strip(at, x, m, n, part, R, 7, half); break;
-        default: strip(at, x, m, n, part, R, MOST, half);
+        case 1: strip(at, x, m, n, first, part, R, 1, half); break;
+        case 2: strip(at, x, m, n, first, part, R, 2, half); break;
+        case 3: strip(at, x, m, n, first, part, R, 3, half); break;
+        case 4: strip(at, x, m, n, first, part, R, 4, half); break;
+        case 5: strip(at, x, m, n, first, part, R, 5, half); break;
+        case 6: strip(at, x, m, n, first, part, R, 6, half); break;
+        case 7: strip(at, x, m, n, first, part, R, 7, half); break;
+        default: strip(at, x, m, n, first, part, R, MOST, half);
     }
 }
 
@@ -115,26 +116,31 @@ INLINE int64_t block(int64_t m, int64_t n, const int half) {
 }
 
 // Rows [from, to) of W. All columns of a row in one go if x fits the cache; else `width` columns of ROWS rows, then the next
-// ones. From five rows of x on, two rows of W at a time: x is read half as often, and more sums are under way.
+// ones. From five rows of x on, two rows of W at a time, and three where x needs blocks and has MOST rows: x is read less
+// often, and more sums are under way.
 INLINE void part(const Map *map, const char *packed, int64_t m, int64_t n, int64_t from, int64_t to, const int half) {
     const int64_t wide = map->wide * SIZE(half), width = block(m, n, half);
+    const int64_t most = width < n ? ROWS : ROWS / 2;
     vf acc[2 * MOST][ROWS];  // [m][ROWS]
-    for (int64_t o = from; o < to; o += ROWS) {
-        const int64_t rows = MIN(ROWS, to - o);
-        for (int64_t i = 0; i < m; i++)
-            for (int64_t r = 0; r < ROWS; r++) acc[i][r] = splat(0);
+    for (int64_t o = from; o < to; o += most) {
+        const int64_t rows = MIN(most, to - o);
+        for (int64_t i = 0; i < m && rows % W; i++)
+            for (int64_t r = rows; r % W; r++) acc[i][r] = splat(0);  // lanes that no row has
         for (int64_t k = 0; k < n; k += width)
             for (int64_t r = 0; r < rows;) {
-                const int R = (m > 4 || width < n) && r + 2 <= rows ? 2 : 1;
+                const int64_t left = rows - r;
+                const int R = width < n && m >= MOST && left > 2 && left != 4 ? 3 : (m > 4 || width < n) && left > 1 ? 2 : 1;
                 const int64_t far = o * wide + (k + width) * SIZE(half);  // where the next block of columns begins
                 Rows at = {map->w + (o + r) * wide + k * SIZE(half), wide, AHEAD};
-                if (width < n) at.ahead = r + 2 < rows || k + width >= n ? 2 * wide : map->w + far - at.w;
+                if (width < n) at.ahead = r + R < rows || k + width >= n ? R * wide : map->w + far - at.w;
                 for (int64_t i = 0; i < m; i += MOST) {
                     const char *x = packed + (k / LANES(half) * m + i) * sizeof(vf);
-                    if (R == 2)
-                        strips(at, x, m, m - i, MIN(width, n - k), acc[i] + r, 2, half);
+                    if (R == 3)
+                        strips(at, x, m, m - i, MIN(width, n - k), k == 0, acc[i] + r, 3, half);
+                    else if (R == 2)
+                        strips(at, x, m, m - i, MIN(width, n - k), k == 0, acc[i] + r, 2, half);
                     else
-                        strips(at, x, m, m - i, MIN(width, n - k), acc[i] + r, 1, half);
+                        strips(at, x, m, m - i, MIN(width, n - k), k == 0, acc[i] + r, 1, half);
                 }
                 r += R;
             }
