@@ -6,11 +6,12 @@ from ...models.decoder import Decoder
 from ...models.inspect import depth, forward_flops
 
 LAYER = 4e6  # FLOPs in whose time a layer of a model that is small is called
+CALL = 3e7  # and what comes before and after all of them: batches, draws
 
 
 def draft_cost(draft: Decoder, model: Decoder) -> float:
     """Of a smaller model that drafts: a call of it."""
-    own, its = (forward_flops(one, 512) + LAYER * depth(one) for one in (draft, model))
+    own, its = (forward_flops(one, 512) + CALL + LAYER * depth(one) for one in (draft, model))
     return own / its
 
 
