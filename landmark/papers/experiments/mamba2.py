@@ -18,7 +18,7 @@ from ..lab import Cell, Lab, column
 from ..learn import accuracy, learn
 
 LENGTH, CHUNKS = 75, (1, 16, 64)
-TASK = MQAR(pairs=4, length=16, symbols=16)
+TASK = MQAR(pairs=16, length=64, symbols=64)
 DIM, LR, STATES = 32, 5e-3, (2, 4, 16)
 INIT = Init(std=None, embedding=1.0)  # by width, as widths of tens need
 
@@ -64,7 +64,7 @@ def train_recall(state: int, steps: int, seed: int) -> Cell:
 
 
 def run(lab: Lab) -> Outcome:
-    steps = 4000 if lab.full else 400
+    steps = 4000 if lab.full else 1200
     same = lab.grid(compare, [{"seed": s} for s in lab.seeds])
     cells = lab.grid(train_recall, [{"state": n, "steps": steps, "seed": s} for s in lab.seeds for n in STATES])
     right = {n: column(cells, "right", state=n) for n in STATES}
@@ -104,4 +104,4 @@ def run(lab: Lab) -> Outcome:
     return Outcome(findings, table, plot, note)
 
 
-EXPERIMENT = Experiment("A3", "mamba2", "State spaces are masked attention, and larger states recall more", run, 1)
+EXPERIMENT = Experiment("A3", "mamba2", "State spaces are masked attention, and larger states recall more", run, 5)
