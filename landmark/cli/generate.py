@@ -32,7 +32,10 @@ Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer;
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: as stored.")]
 Quantise = Annotated[
     str | None,
-    typer.Option(help="Round the weights as they are loaded: int8, int4, int4-all, or one with -a8."),
+    typer.Option(
+        help="Round the weights as they are loaded: int8, int4, int4-all, or one with -a8. bf16-12 rounds nothing: "
+        "bfloat16 in 12 bits."
+    ),
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Adapter = Annotated[str | None, typer.Option(help="A LoRA directory or hub id, in PEFT's format.")]

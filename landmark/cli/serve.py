@@ -33,7 +33,10 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: as stored.")] = None,
     quantise: Annotated[
         str | None,
-        typer.Option(help="Round the weights as they are loaded: int8, int4, int4-all, or one with -a8."),
+        typer.Option(
+            help="Round the weights as they are loaded: int8, int4, int4-all, or one with -a8. bf16-12 rounds nothing: "
+            "bfloat16 in 12 bits."
+        ),
     ] = None,
     draft: Annotated[
         str | None,

@@ -33,7 +33,10 @@ def transform(
     ] = False,
     quantise: Annotated[
         str | None,
-        typer.Option(help="Weights of 4 or 8 bits, to be used, not trained: int8, int4, int4-all, or one with -a8."),
+        typer.Option(
+            help="Weights of 4 or 8 bits, to be used, not trained: int8, int4, int4-all, or one with -a8. bf16-12: "
+            "bfloat16 in 12 bits, nothing lost."
+        ),
     ] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(help="A LoRA directory or hub id (PEFT) to merge; several add up.")

@@ -1,70 +1,60 @@
-"""Weights that are kept as codes of 4 or 8 bits in groups of 32, in the place of a linear map or an embedding table.
+"""Weights that are kept as codes, in the place of a linear map or an embedding table: integers of 4 or 8 bits in groups
+of 32, or bfloat16 in 12 bits, of which nothing is lost.
 
 They are for use, not for training: gradients flow through them but not to them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.linear import linear
-from ..ops.quant.grouped import Bits, Map, quantise, restore, restore_rows, shape
-from ..ops.quant.grouped import linear as product
-from ..ops.quant.grouped.reference import TILE
+from ..ops.quant.codes import Bits, Map, encode, restore, restore_rows, room
+from ..ops.quant.codes import linear as product
 from .linear import Linear, LinearConfig
 
 
 class Codes(nn.Module):
-    """A matrix [rows, width] as codes uint8 [tiles, groups, 64 * bits] and scales [tiles, groups, 16].
-
-    Scales are float16 seen as int16, which stay what they are when a model is cast; `unit` is what is cast.
-    """
+    """A matrix [rows, width] as codes and what they need besides, which stay what they are when a model is cast; `unit`
+    is what is cast."""
 
     codes: Tensor
-    halves: Tensor
+    side: Tensor
     unit: Tensor
 
     def __init__(self, rows: int, width: int, bits: Bits, dtype: torch.dtype, device: Any = None) -> None:
         super().__init__()
         self.rows, self.width, self.bits = rows, width, bits
-        groups = shape(rows, width)
-        self.register_buffer("codes", torch.zeros(*groups, 64 * bits, dtype=torch.uint8, device=device))
-        self.register_buffer("halves", torch.zeros(*groups, TILE, dtype=torch.int16, device=device))
+        codes, side, side_type = room(rows, width, bits)
+        self.register_buffer("codes", torch.zeros(codes, dtype=torch.uint8, device=device))
+        self.register_buffer("side", torch.zeros(side, dtype=side_type, device=device))
         self.register_buffer("unit", torch.ones((), dtype=dtype, device=device))
 
     def reset_parameters(self) -> None:
-        self.fill(torch.randn(self.rows, self.width) * self.width**-0.5)
+        weight = torch.randn(self.rows, self.width) * self.width**-0.5
+        self.fill(weight.bfloat16() if self.bits == 12 else weight)
         nn.init.ones_(self.unit)
 
-    @property
-    def scales(self) -> Tensor:
-        """float16 [tiles, groups, 16]."""
-        return self.halves.view(torch.float16)
-
     @torch.no_grad()
-    def fill(self, weight: Tensor, tiles_at_once: int = 256) -> None:
-        """Take over a weight [rows, width], rounded."""
-        for first in range(0, len(self.codes), tiles_at_once):
-            here = slice(first, first + tiles_at_once)
-            codes, scales = quantise(weight[first * TILE : (first + tiles_at_once) * TILE], self.bits)
-            self.codes[here] = codes
-            self.halves[here] = scales.view(torch.int16)
+    def fill(self, weight: Tensor) -> None:
+        """Take over a weight [rows, width], as near as bits allow. Raises ValueError for one that 12 cannot keep."""
+        self.codes, self.side = encode(weight, self.bits)
 
     def packed_parameters(self) -> int:
-        """Weights, one or two to a byte."""
+        """Weights, in fewer bytes than they have."""
         return self.rows * self.width
 
     @property
     def weight(self) -> Tensor:
         """[rows, width], restored."""
-        return restore(self.codes, self.scales, self.bits, self.rows, self.width, self.unit.dtype)
+        return restore(self.codes, self.side, self.bits, self.rows, self.width, self.unit.dtype)
 
     def multiply(self, x: Tensor, bias: Tensor | None = None, round_x: bool = False) -> Tensor:
         """x [..., width] -> x W^T + b, [..., rows]; `round_x`: to 8 bits."""
-        return product(x, self.codes, self.scales, bias, self.bits, self.rows, round_x=round_x)
+        return product(x, self.codes, self.side, bias, self.bits, self.rows, round_x=round_x)
 
     def extra_repr(self) -> str:
         return f"{self.rows} x {self.width}, {self.bits} bits"
@@ -80,6 +70,8 @@ class CodedLinear(Codes):
         def check(self) -> None:
             super().check()
             check_bits("CodedLinear.bits", self.bits)
+            if self.round_x and self.bits == 12:
+                raise ValueError("CodedLinear.round_x goes with 4 or 8 bits, not with 12")
 
         def build(self, linear: Linear) -> CodedLinear:
             return CodedLinear(self.bits, linear, self.round_x)
@@ -101,7 +93,7 @@ class CodedLinear(Codes):
     @property
     def map(self) -> Map:
         """Itself, for a call that takes several."""
-        return Map(self.codes, self.scales, self.bias, self.rows)
+        return Map(self.codes, self.side, self.bias, self.rows)
 
 
 class CodedEmbedding(Codes):
@@ -109,14 +101,14 @@ class CodedEmbedding(Codes):
 
     def forward(self, tokens: Tensor) -> Tensor:
         flat = tokens.flatten()
-        found = restore_rows(self.codes, self.scales, self.bits, flat, self.width, self.unit.dtype)
+        found = restore_rows(self.codes, self.side, self.bits, flat, self.width, self.unit.dtype)
         return found.unflatten(0, tokens.shape)
 
 
 def check_bits(name: str, bits: int | None) -> None:
-    """Raise ValueError for anything but 4, 8 or None."""
-    if bits not in (None, 4, 8):
-        raise ValueError(f"{name} is {bits!r}; weights are kept in 4 or 8 bits")
+    """Raise ValueError for anything but 4, 8, 12 or None."""
+    if bits is not None and bits not in get_args(Bits):
+        raise ValueError(f"{name} is {bits!r}; weights are kept in 4 or 8 bits, or bfloat16 in 12")
 
 
 def table(rows: int, width: int, bits: Bits | None) -> nn.Embedding | CodedEmbedding:

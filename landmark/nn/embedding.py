@@ -10,7 +10,7 @@ from ..config import Config as PlainConfig
 from ..config import ModuleConfig, at_least
 from ..ops.activation import Activation, activation
 from ..ops.loss import CrossEntropy, cross_entropy, token_logprobs
-from ..ops.quant.grouped import Bits
+from ..ops.quant.codes import Bits
 from .codes import CodedLinear, check_bits, multiply, table
 from .linear import Linear
 from .norm import NormConfig

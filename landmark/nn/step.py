@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from ..ctx import Ctx
 from ..ops import step
 from ..ops.linear import cpu
-from ..ops.quant import grouped
+from ..ops.quant.codes import kind as coded_kind
 from .codes import CodedLinear
 from .linear import Linear, unhooked
 from .norm import RMSNorm
@@ -84,10 +84,10 @@ def _plain(x: Tensor, module: nn.Module) -> step.Map | None:
 
 def _coded(x: Tensor, module: nn.Module) -> step.Map | None:
     assert isinstance(module, CodedLinear)
-    codes, kind = module.codes, grouped.kind(module.bits, x.dtype, module.round_x)
+    codes, kind = module.codes, coded_kind(module.bits, x.dtype, module.round_x)
     if kind is None or not codes.is_cpu or not _fits(x, module.bias):
         return None
-    fields = codes.data_ptr(), module.halves.data_ptr(), _at(module.bias), 0, module.rows, 0
+    fields = codes.data_ptr(), module.side.data_ptr(), _at(module.bias), 0, module.rows, 0
     return step.Map(kind, fields, module.width, codes.numel())
 
 

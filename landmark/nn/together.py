@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..ops.linear import linears
-from ..ops.quant.grouped import linears as coded_linears
+from ..ops.quant.codes import linears as coded_linears
 from .codes import CodedLinear
 from .linear import Linear, unhooked
 

@@ -15,7 +15,7 @@ from landmark.models.decoder import Decoder
 from landmark.models.inspect import count, forward_flops
 from landmark.nn.codes import CodedEmbedding, CodedLinear
 from landmark.nn.linear import Linear
-from landmark.ops.quant.grouped import Bits
+from landmark.ops.quant.codes import Bits
 from landmark.transforms.quantise import quantise, quantised
 
 SIZE = {
@@ -48,7 +48,7 @@ def test_logits_stay_near(bits: Bits, most: float, tied: bool) -> None:
         want = torch.nn.functional.cross_entropy(new(tokens).flatten(0, 1), tokens.flatten(), reduction="sum")
         torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-3)
     assert count(new) == count(model) and forward_flops(new, 20) == forward_flops(model, 20)
-    held = sum(b.nbytes for n, b in new.named_buffers() if n.endswith(("codes", "halves")))
+    held = sum(b.nbytes for n, b in new.named_buffers() if n.endswith(("codes", "side")))
     assert held < count(model) * (bits + 0.6) / 8
 
 
@@ -101,3 +101,38 @@ def test_what_is_skipped_and_what_cannot_be() -> None:
         quantised(new, "int-4")
     with pytest.raises(ValueError, match=r"CodedLinear\.bits is 3"):
         CodedLinear.Config(bits=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_bfloat16_in_12_bits_loses_nothing(tied: bool, tmp_path: Path) -> None:
+    model = llama(tied).bfloat16()
+    new = quantised(model, "bf16-12")
+    assert isinstance(new, Decoder) and isinstance(new.embed.tokens, CodedEmbedding)
+    held = sum(b.nbytes for n, b in new.named_buffers() if n.endswith(("codes", "side")))
+    assert held < count(model) * 1.6  # lists have room for 64 numbers more; 1.51 in large matrices
+    for name, module in new.named_modules():
+        if isinstance(module, CodedLinear | CodedEmbedding):
+            assert torch.equal(module.weight, model.state_dict()[f"{name}.weight"])
+    tokens = torch.randint(0, 101, (2, 60))
+    landmark.save(new, tmp_path)
+    back = landmark.load(tmp_path)
+    with torch.no_grad():  # of many rows weights are restored: the same products
+        assert torch.equal(new(tokens), model(tokens)) and torch.equal(back(tokens), new(tokens))
+        assert far(new(tokens[:1, :5]), model.float()(tokens[:1, :5])) < 0.02
+    with pytest.raises(ValueError, match="load the model as bfloat16"):
+        quantised(llama(), "bf16-12")
+    with pytest.raises(ValueError, match="round_x goes with 4 or 8 bits"):
+        CodedLinear.Config(bits=12, round_x=True)
+
+
+def test_matrices_of_rare_exponents_stay_as_they_are() -> None:
+    model = llama(tied=True).bfloat16()
+    up = model.get_parameter(next(n for n in model.state_dict() if n.endswith("1.ffn.fn.up.weight")))
+    with torch.no_grad():
+        up.copy_(torch.randn(up.shape) * 4.0 ** torch.randint(-12, 13, up.shape))
+    new = quantised(model, "bf16-12")
+    kinds = {n: type(m) for n, m in new.named_modules() if isinstance(m, Linear | CodedLinear)}
+    assert [n for n, kind in kinds.items() if kind is Linear] == [n for n in kinds if n.endswith("1.ffn.fn.up")]
+    tokens = torch.randint(0, 101, (2, 60))
+    with torch.no_grad():
+        assert torch.equal(new(tokens), model(tokens))

@@ -5,7 +5,7 @@
 
 typedef struct {
     const char *w;      // numbers or codes
-    const uint16_t *s;  // scales of codes
+    const void *s;      // what codes need besides
     const char *bias;   // [out] or null
     char *y;            // [m, out]
     int64_t out, wide;  // rows of W; where they are numbers, elements from one row to the next

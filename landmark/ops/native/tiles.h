@@ -1,79 +1,16 @@
-// Codes of 4 or 8 bits in tiles of 16 rows, a lane of a vector a row, and in groups of 32 columns that share a scale (float16).
+// Linear maps by codes that lie in tiles of 16 rows of W, a lane of a vector a row: sums never leave their lane, and are
+// added up in the same order whatever the number of rows of x. A file that includes this says below what a tile is.
 #pragma once
 #include "lanes.h"
 #include "maps.h"
 
 #define TILE 16         // rows of W
-#define GROUP 32        // columns that share a scale
 #define PARTS (TILE / W)  // vectors of floats for a tile
 #define MOST 8          // rows of x at a time
 #define AHEAD 4096      // bytes to prefetch ahead of the codes that are read
-#define BYTES(bits) (TILE * GROUP * (bits) / 8)  // of a tile's group
+#define CHUNK 131072    // bytes of codes that stay near while all rows of x pass
 
-INLINE int64_t groups_of(int64_t n) { return (n + GROUP - 1) / GROUP; }
 INLINE int64_t tiles_of(int64_t rows) { return (rows + TILE - 1) / TILE; }
-
-INLINE float from_half(uint16_t h) {
-#ifdef __F16C__
-    return _cvtsh_ss(h);
-#else
-    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
-    uint32_t u = (rest << 13) + 0x38000000;
-    float f;
-    if (rest >= 0x7c00) u += 0x38000000;
-    memcpy(&f, &u, 4);
-    if (rest < 0x400) f = (float)rest * 5.9604644775390625e-8f;
-    memcpy(&u, &f, 4);
-    u |= sign;
-    memcpy(&f, &u, 4);
-    return f;
-#endif
-}
-
-INLINE vf scales(const uint16_t *s) {
-#ifdef __AVX512F__
-    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)s));
-#else
-    vf v;
-    for (int j = 0; j < W; j++) v[j] = from_half(s[j]);
-    return v;
-#endif
-}
-
-// Column k of W rows of a tile's group at w, from row `first` on, as integers in floats. Of 4 bits, a row owns 4 bytes of
-// each of four vectors of 64, for 8 columns: the even ones in the low two, from the low bits on, the odd ones in the
-// others. Of 8 bits (a sign and a magnitude), a vector is for 4 columns: bytes 16 j to 16 j + 7 for two of rows 4 j to
-// 4 j + 3, and as many for the next two.
-INLINE vf column(const char *w, int k, int first, const int bits) {
-    if (bits == 4) {
-        vu v;
-        memcpy(&v, w + k / 8 * 64 + first * 4, sizeof v);
-        return __builtin_convertvector((vi)(v >> (k % 8 / 2 * 4 + k % 2 * 16) & 15) - 8, vf);
-    }
-    typedef int64_t vq __attribute__((vector_size(4 * W)));
-    vq all, own;
-    for (int j = 0; j < W / 2; j++) own[j] = 2 * j % (W / 2) + k % 4 / 2;
-    memcpy(&all, w + k / 4 * 64 + first * 4, sizeof all);
-    all = __builtin_shuffle(all, own);
-    vh two;
-    memcpy(&two, &all, sizeof two);
-    const vu v = __builtin_convertvector(two, vu) >> (k % 2 * 8);
-    return (vf)((vu)__builtin_convertvector((vi)(v & 127), vf) | (v & 128) << 24);
-}
-
-// acc[R][M] = one of R tiles' `PARTS` of a group times M rows of x [GROUP][M], in float32.
-INLINE void products_f32(const char *const *w, const float *x, int part, vf *acc, const int R, const int M, const int bits) {
-    for (int i = 0; i < R * M; i++) acc[i] = splat(0);
-#pragma GCC unroll 32
-    for (int k = 0; k < GROUP; k++) {
-        vf v[2];
-        for (int r = 0; r < R; r++) v[r] = column(w[r], k, part * W, bits);
-        for (int i = 0; i < M; i++) {
-            const vf y = splat(x[k * M + i]);
-            for (int r = 0; r < R; r++) acc[r * M + i] += v[r] * y;
-        }
-    }
-}
 
 // y's rows from `row` on and rows of R tiles from number `tile` on, of their sums [R][M][PARTS].
 INLINE void finish(const Map *map, const vf *total, int64_t tile, int64_t row, const int R, const int M, const int half) {
@@ -101,4 +38,57 @@ INLINE void finish(const Map *map, const vf *total, int64_t tile, int64_t row, c
         case 6: run(6); break;                                                                                         \
         case 7: run(7); break;                                                                                         \
         default: run(MOST);                                                                                            \
+    }
+
+// Bytes of a tile of codes, of a packed row of x, and that packing, of COLUMNS of x from the k-th: [MOST rows] at a time.
+INLINE int64_t tile_bytes(int64_t n, const int bits);
+INLINE int64_t row_bytes(int64_t n, const int half);
+INLINE void pack(const char *x, char *packed, int64_t m, int64_t n, int64_t k, const int bits, const int half);
+
+// R tiles from number `tile` on, times M rows of packed x, which become y's rows from `row` on.
+INLINE void tiles(const Map *map, int64_t n, const char *x, int64_t tile, int64_t row, const int R, const int M, const int bits,
+                  const int half);
+
+// Tiles [from, to); from three rows of x on, TOGETHER at a time: x is read less often, and more sums are under way.
+INLINE void some_tiles(const Map *map, int64_t n, const char *x, int64_t from, int64_t to, int64_t row, const int M, const int bits,
+                       const int half) {
+    if (M > 2)
+#pragma GCC unroll 1
+        for (; from + TOGETHER <= to; from += TOGETHER) tiles(map, n, x, from, row, TOGETHER, M, bits, half);
+#pragma GCC unroll 1
+    for (; from < to; from++) tiles(map, n, x, from, row, 1, M, bits, half);
+}
+
+INLINE void part(const Map *map, const char *packed, int64_t m, int64_t n, int64_t from, int64_t to, const int bits,
+                 const int half) {
+    const int64_t near = MAX(2, CHUNK / tile_bytes(n, bits) / 2 * 2);
+    for (; from < to; from += near) {
+        const char *x = packed;
+        for (int64_t row = 0; row < m; row += MOST, x += row_bytes(n, half) * MOST) {
+#define RUN(M) some_tiles(map, n, x, from, MIN(to, from + near), row, M, bits, half)
+            ROWS_OF(m - row, RUN)
+        }
+    }
+}
+
+#define UNIT TILE
+#define TILED(BITS, TYPE, HALF)                                                                                            \
+    static int64_t room_##BITS##_##TYPE(int64_t m, int64_t n) { return row_bytes(n, HALF) * m; }                           \
+    static void pack_##BITS##_##TYPE(const char *x, char *packed, int64_t m, int64_t n, int64_t k) {                       \
+        pack(x, packed, m, n, k, BITS, HALF);                                                                              \
+    }                                                                                                                      \
+    static void part_##BITS##_##TYPE(const Map *map, const char *packed, int64_t m, int64_t n, int64_t from, int64_t to) { \
+        part(map, packed, m, n, from, to, BITS, HALF);                                                                     \
+    }                                                                                                                      \
+    EXPORT_MAPS(BITS##_##TYPE)
+
+// Tile t's rows as numbers -> y, n columns apart.
+INLINE void restore_tile(const Map *map, int64_t n, int64_t t, char *y, const int bits, const int half);
+
+// restore_NAME(map, n, from, to, threads): tiles [from, to) as numbers -> y, whose first row is that of the first of them.
+#define RESTORED(BITS, TYPE, HALF)                                                                     \
+    void restore_##BITS##_##TYPE(const Map *map, int64_t n, int64_t from, int64_t to, int threads) {   \
+        _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)")             \
+        for (int64_t t = from; t < to; t++)                                                            \
+            restore_tile(map, n, t, map->y + (t - from) * TILE * n * (HALF ? 2 : 4), BITS, HALF);      \
     }

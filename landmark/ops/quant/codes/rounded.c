@@ -1,17 +1,18 @@
 // y = x W^T + b by matrices of codes, where x is rounded to 8 bits with a scale for every 32 of its columns: products of
 // integers, which are exact, so that neither the number of rows of x nor the processor changes a bit of the sums of a group.
-#include "maps.h"
-#include "tiles.h"
+#define TOGETHER 2
+#include "groups.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #define QUADS 1  // integer products by vpdpbusd, four columns at a time
 #else
 #define QUADS 0
 #endif
-#define CHUNK 131072  // bytes of codes that stay near while all rows of x pass
 
 #define OFFSET(bits) ((bits) == 4 ? 8 : 128)  // what makes a number of W positive
 #define SPAN (GROUP * (QUADS ? 1 : 4) + 8)    // bytes of a row of x in a group: columns, start and scale
+
+INLINE int64_t row_bytes(int64_t n, const int half) { return groups_of(n) * SPAN; }
 
 // Packed are MOST rows of x at a time, by groups: [columns or quads of them][rows], then where the sums begin (int32) and the
 // scales (float), [rows] each.
@@ -64,13 +65,12 @@ INLINE void products(const char *const *w, const char *x, vf *acc, const int R, 
 }
 #endif
 
-// R tiles from number `tile` on, times M rows of packed x, which become y's rows from `row` on.
 INLINE void tiles(const Map *map, int64_t n, const char *x, int64_t tile, int64_t row, const int R, const int M, const int bits,
                   const int half) {
     const int64_t groups = groups_of(n);
     const char *w[2];
     const uint16_t *s[2];
-    for (int r = 0; r < R; r++) w[r] = map->w + (tile + r) * groups * BYTES(bits), s[r] = map->s + (tile + r) * groups * TILE;
+    for (int r = 0; r < R; r++) w[r] = map->w + (tile + r) * groups * BYTES(bits), s[r] = (const uint16_t *)map->s + (tile + r) * groups * TILE;
     vf total[2 * MOST * PARTS], acc[2 * MOST];
     for (int i = 0; i < R * M * PARTS; i++) total[i] = splat(0);
 #pragma GCC unroll 1
@@ -95,28 +95,6 @@ INLINE void tiles(const Map *map, int64_t n, const char *x, int64_t tile, int64_
     finish(map, total, tile, row, R, M, half);
 }
 
-// Tiles [from, to); from three rows of x on, two at a time: x is read half as often, and more sums are under way.
-INLINE void some_tiles(const Map *map, int64_t n, const char *x, int64_t from, int64_t to, int64_t row, const int M, const int bits,
-                       const int half) {
-    if (M > 2)
-#pragma GCC unroll 1
-        for (; from + 2 <= to; from += 2) tiles(map, n, x, from, row, 2, M, bits, half);
-#pragma GCC unroll 1
-    for (; from < to; from++) tiles(map, n, x, from, row, 1, M, bits, half);
-}
-
-INLINE void part(const Map *map, const char *packed, int64_t m, int64_t n, int64_t from, int64_t to, const int bits,
-                 const int half) {
-    const int64_t groups = groups_of(n), near = MAX(2, CHUNK / (groups * BYTES(bits)) / 2 * 2);
-    for (; from < to; from += near) {
-        const char *x = packed;
-        for (int64_t row = 0; row < m; row += MOST, x += groups * SPAN * MOST) {
-#define RUN(M) some_tiles(map, n, x, from, MIN(to, from + near), row, M, bits, half)
-            ROWS_OF(m - row, RUN)
-        }
-    }
-}
-
 // 32 columns of a row of x from the k-th, rounded, to q; where their sum with W's begins, and their scale.
 INLINE float round_(const char *x, int64_t k, int64_t n, float *q, int32_t *start, const int bits, const int half) {
     vf v[GROUP / W], most = splat(0);
@@ -137,7 +115,6 @@ INLINE float round_(const char *x, int64_t k, int64_t n, float *q, int32_t *star
     return total == total ? top / 127 : NAN;  // of numbers that are none nothing is made up
 }
 
-// COLUMNS of x from the k-th.
 INLINE void pack(const char *x, char *packed, int64_t m, int64_t n, int64_t k, const int bits, const int half) {
     const int64_t groups = groups_of(n), end = MIN(n, k + COLUMNS);
     for (int64_t row = 0; row < m; row++) {
@@ -166,18 +143,7 @@ INLINE void pack(const char *x, char *packed, int64_t m, int64_t n, int64_t k, c
     }
 }
 
-#define UNIT TILE
-#define KIND(BITS, TYPE, HALF)                                                                                             \
-    static int64_t room_##BITS##_##TYPE(int64_t m, int64_t n) { return groups_of(n) * SPAN * m; }                          \
-    static void pack_##BITS##_##TYPE(const char *x, char *packed, int64_t m, int64_t n, int64_t k) {                       \
-        pack(x, packed, m, n, k, BITS, HALF);                                                                              \
-    }                                                                                                                      \
-    static void part_##BITS##_##TYPE(const Map *map, const char *packed, int64_t m, int64_t n, int64_t from, int64_t to) { \
-        part(map, packed, m, n, from, to, BITS, HALF);                                                                     \
-    }                                                                                                                      \
-    EXPORT_MAPS(BITS##_##TYPE)
-
-KIND(4, f32, 0)
-KIND(4, bf16, 1)
-KIND(8, f32, 0)
-KIND(8, bf16, 1)
+TILED(4, f32, 0)
+TILED(4, bf16, 1)
+TILED(8, f32, 0)
+TILED(8, bf16, 1)

@@ -1,7 +1,8 @@
-"""Weights as integers of 4 or 8 bits, with a float16 scale for every 32 columns of a row: w = scale * integer.
+"""Matrices of numbers that are kept as codes, in tiles of 16 rows, so that a kernel's vectors take a row to a lane.
 
-They lie in tiles of 16 rows and 32 columns, so that a kernel's vectors take a row to a lane. codes uint8
-[tiles, groups, 64 * bits] and scales float16 [tiles, groups, 16]; rows and columns are padded with zeros.
+codes are uint8 [tiles, ...]; what they need besides is `side`. Rows and columns are padded with zeros. `exact` says how
+bfloat16 is kept in 12 bits. Here are integers of 4 or 8 bits with a float16 scale for every 32 columns of a row,
+w = scale * integer: codes [tiles, groups, 64 * bits], side (scales, as int16) [tiles, groups, 16].
 
 4 bits, -8 to 7, are kept plus 8. Of a tile's four times 64 bytes each is for eight columns, and a row's are four bytes
 in a row: the even columns in the low two, from the low bits on, the odd ones in the high two. 8 bits, -127 to 127, are
@@ -11,29 +12,59 @@ first two columns of these, then the other two.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Bits = Literal[4, 8]
-TILE, GROUP = 16, 32
+from . import exact
+from .exact import TILE
+
+Bits = Literal[4, 8, 12]
+GROUP = 32
+TILES_AT_ONCE = 256  # which bounds the memory that encoding takes
 
 
-def shape(rows: int, width: int) -> tuple[int, int]:
-    """How many tiles and groups a weight [rows, width] has."""
-    return -(-rows // TILE), -(-width // GROUP)
+class Room(NamedTuple):
+    """Shapes, and the type of the side."""
+
+    codes: tuple[int, ...]
+    side: tuple[int, ...]
+    side_type: torch.dtype
+
+
+def room(rows: int, width: int, bits: Bits) -> Room:
+    """What a matrix [rows, width] is kept in."""
+    if bits == 12:
+        return Room(exact.codes_shape(rows, width), exact.side_shape(rows, width), torch.int32)
+    tiles, groups = -(-rows // TILE), -(-width // GROUP)
+    return Room((tiles, groups, 64 * bits), (tiles, groups, TILE), torch.int16)
+
+
+def encode(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
+    """weight [rows, width] -> codes and side. Raises ValueError where 12 bits are not enough."""
+    if bits == 12:
+        return exact.encode(weight)
+    rows, width = weight.shape
+    found = room(rows, width, bits)
+    codes = torch.empty(found.codes, dtype=torch.uint8, device=weight.device)
+    side = torch.empty(found.side, dtype=found.side_type, device=weight.device)
+    for first in range(0, len(codes), TILES_AT_ONCE):
+        here = slice(first, first + TILES_AT_ONCE)
+        codes[here], scales = quantise(weight[first * TILE : (first + TILES_AT_ONCE) * TILE], bits)
+        side[here] = scales.view(torch.int16)
+    return codes, side
 
 
 def quantise(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
-    """weight [rows, width] -> codes and scales: rounding to the nearest.
+    """weight [rows, width] -> codes and scales (float16): rounding to the nearest.
 
     The number of largest magnitude in a group decides its scale: for 4 bits it becomes -8, as there is one more
     negative number than positive ones.
     """
-    tiles, columns = shape(*weight.shape)
     rows, width = weight.shape
+    tiles, columns, _ = room(rows, width, bits).codes
     whole = F.pad(weight.float(), (0, columns * GROUP - width, 0, tiles * TILE - rows))
     groups = whole.unflatten(1, (columns, GROUP)).unflatten(0, (tiles, TILE)).transpose(1, 2)
     lowest, highest = groups.aminmax(dim=3)
@@ -63,14 +94,18 @@ def unpack(codes: Tensor, bits: Bits) -> Tensor:
     return (parts & 127).float() * (1 - (parts >> 7).float() * 2)
 
 
-def restore(codes: Tensor, scales: Tensor, bits: Bits, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """The weight [rows, width] that codes and scales stand for."""
-    groups = unpack(codes, bits) * scales.float()[..., None]
+def restore(codes: Tensor, side: Tensor, bits: Bits, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """The weight [rows, width] that codes and side stand for."""
+    if bits == 12:
+        return exact.decode(codes, side, rows, width).to(dtype)
+    groups = unpack(codes, bits) * _scales(side)[..., None]
     return groups.transpose(1, 2).flatten(2).flatten(0, 1)[:rows, :width].to(dtype)
 
 
-def restore_rows(codes: Tensor, scales: Tensor, bits: Bits, ids: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+def restore_rows(codes: Tensor, side: Tensor, bits: Bits, ids: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """Rows `ids` [n] of the weight, [n, width]."""
+    if bits == 12:
+        return exact.decode_rows(codes, side, ids, width).to(dtype)
     tile, row = ids // TILE, ids % TILE
     if bits == 4:
         found = codes.unflatten(2, (4, TILE, 4))[tile, :, :, row]  # [n, groups, 4, 4]
@@ -79,7 +114,11 @@ def restore_rows(codes: Tensor, scales: Tensor, bits: Bits, ids: Tensor, width: 
     else:
         found = codes.unflatten(2, (8, 4, 2, 4, 2))[tile, :, :, row // 4, :, row % 4].flatten(2)
         numbers = (found & 127).float() * (1 - (found >> 7).float() * 2)
-    return (numbers * scales[tile, :, row].float()[..., None]).flatten(1)[:, :width].to(dtype)
+    return (numbers * _scales(side)[tile, :, row, None]).flatten(1)[:, :width].to(dtype)
+
+
+def _scales(side: Tensor) -> Tensor:
+    return side.view(torch.float16).float()
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -96,9 +135,9 @@ def rounded(x: Tensor) -> Tensor:
 
 
 def linear(
-    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: Bits, rows: int, round_x: bool = False
+    x: Tensor, codes: Tensor, side: Tensor, bias: Tensor | None, bits: Bits, rows: int, round_x: bool = False
 ) -> Tensor:
     """x [..., in] times the restored weight, -> [..., rows]; `round_x`: to 8 bits."""
     kept = rounded(x) if round_x else x
-    weight = restore(codes, scales, bits, rows, x.shape[-1], kept.dtype)
+    weight = restore(codes, side, bits, rows, x.shape[-1], kept.dtype)
     return F.linear(kept, weight, None if bias is None else bias.to(kept.dtype)).to(x.dtype)
