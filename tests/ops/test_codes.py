@@ -221,6 +221,19 @@ def test_several_maps_in_one_call(rows: int, round_x: bool, dtype: torch.dtype, 
         assert torch.equal(a, b)
 
 
+def test_a_row_of_twelve_bits_does_not_depend_on_any_number_of_neighbours() -> None:
+    _, codes, side = made(77, 640, 12)
+    generator = torch.Generator().manual_seed(1)
+    x, bias = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((530, 640), (77,)))
+    alone = torch.cat([linear(row[None], codes, side, bias, 12, 77, backend="few") for row in x])
+    most = package.most_rows(12, torch.bfloat16, False)
+    for rows in (17, 95, 96, 97, 515, 516, 517, 530):
+        if rows <= most:
+            assert torch.equal(linear(x[:rows], codes, side, bias, 12, 77, backend="few"), alone[:rows])
+    want = x.double() @ reference.restore(codes, side, 12, 77, 640, torch.float64).mT + bias.double()
+    assert (alone.double() - want).abs().max() < 5e-3 * want.abs().max()
+
+
 def test_a_gradient_flows_to_x() -> None:
     _, codes, side = made(8, 64, 4)
     x = torch.randn(2, 64, requires_grad=True)

@@ -4,11 +4,11 @@
 #include "lanes.h"
 #include "maps.h"
 
-#define TILE 16         // rows of W
+#define TILE 16           // rows of W
 #define PARTS (TILE / W)  // vectors of floats for a tile
-#define MOST 8          // rows of x at a time
-#define AHEAD 4096      // bytes to prefetch ahead of the codes that are read
-#define CHUNK 131072    // bytes of codes that stay near while all rows of x pass
+#define MOST 8            // rows of x at a time
+#define AHEAD 4096        // bytes to prefetch ahead of the codes that are read
+#define CHUNK 131072      // bytes of codes that stay near while all rows of x pass
 
 INLINE int64_t tiles_of(int64_t rows) { return (rows + TILE - 1) / TILE; }
 
@@ -67,18 +67,20 @@ INLINE void part(const Map *map, const char *packed, int64_t m, int64_t n, int64
         for (int64_t row = 0; row < m; row += MOST, x += row_bytes(n, half) * MOST) {
 #define RUN(M) some_tiles(map, n, x, from, MIN(to, from + near), row, M, bits, half)
             ROWS_OF(m - row, RUN)
+#undef RUN
         }
     }
 }
 
 #define UNIT TILE
-#define TILED(BITS, TYPE, HALF)                                                                                            \
+// PART(map, packed, m, n, from, to, bits, half): tiles [from, to) times all rows of x.
+#define TILED(BITS, TYPE, HALF, PART)                                                                                      \
     static int64_t room_##BITS##_##TYPE(int64_t m, int64_t n) { return row_bytes(n, HALF) * m; }                           \
     static void pack_##BITS##_##TYPE(const char *x, char *packed, int64_t m, int64_t n, int64_t k) {                       \
         pack(x, packed, m, n, k, BITS, HALF);                                                                              \
     }                                                                                                                      \
     static void part_##BITS##_##TYPE(const Map *map, const char *packed, int64_t m, int64_t n, int64_t from, int64_t to) { \
-        part(map, packed, m, n, from, to, BITS, HALF);                                                                     \
+        PART(map, packed, m, n, from, to, BITS, HALF);                                                                     \
     }                                                                                                                      \
     EXPORT_MAPS(BITS##_##TYPE)
 

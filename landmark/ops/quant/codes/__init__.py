@@ -69,9 +69,17 @@ def why_not(backend: Backend, x: Tensor, codes: Tensor, bits: Bits, round_x: boo
         if torch.is_grad_enabled() and x.requires_grad:
             return "it has no gradient"
         rows = x.numel() // max(1, x.shape[-1])
-        if rows == 0 or (rows > MAX_ROWS and not round_x):
+        if rows == 0 or (rows > MAX_ROWS and rows > most_rows(bits, x.dtype, round_x)):
             return f"it takes 1 to {MAX_ROWS} rows, not {rows}"
     return source(bits, round_x and backend == "few").why_not()
+
+
+@cache
+def most_rows(bits: Bits, dtype: torch.dtype, round_x: bool) -> int:
+    """How many rows of x the kernel takes at the speed of any."""
+    if bits == 12 and EXACT.why_not() is None:
+        return c_int64.from_address(EXACT.address(f"most_rows_{SUFFIX[dtype]}")).value
+    return 2**63 - 1 if round_x else MAX_ROWS
 
 
 def linear(

@@ -10,6 +10,8 @@
 #define PAIRS 0
 #endif
 #define TOGETHER 1
+#define MANY 6  // rows of x at a time, with two tiles, where they are more than MOST
+#define BLOCK(m, half) (PAIRS && (half) && (m) > MOST ? MANY : MOST)
 #include "columns.h"
 
 #define STEP 8
@@ -68,6 +70,18 @@ INLINE void numbers(const char *w, Table table, vu (*v)[PARTS]) {
 }
 #endif
 
+// total [M][16] += the tile's listed numbers times M rows of packed x.
+INLINE void add_list(Side side, int64_t tile, const char *x, float *total, int64_t M, const int half) {
+    for (int32_t e = side.starts[tile]; e < side.starts[tile + 1]; e++) {
+        const int64_t column = side.list[2 * e] / TILE;
+        const float own = widen(side.list[2 * e + 1]);
+        for (int64_t i = 0; i < M; i++) {
+            const int64_t at = half && PAIRS ? (column / 2 * M + i) * 2 + column % 2 : column * M + i;
+            total[i * TILE + side.list[2 * e] % TILE] += own * get(x, at, half && PAIRS);
+        }
+    }
+}
+
 INLINE void tiles(const Map *map, int64_t n, const char *x, int64_t tile, int64_t row, const int R, const int M, const int bits,
                   const int half) {
     const Side side = side_of(map->s, map->out);
@@ -106,21 +120,111 @@ INLINE void tiles(const Map *map, int64_t n, const char *x, int64_t tile, int64_
         const vf both = acc[2 * i] + acc[2 * i + 1];
         memcpy(total + i * W, &both, sizeof both);
     }
-    for (int32_t e = side.starts[tile]; e < side.starts[tile + 1]; e++) {
-        const int64_t column = side.list[2 * e] / TILE;
-        const float own = widen(side.list[2 * e + 1]);
-        for (int i = 0; i < M; i++) {
-            const int64_t at = half && PAIRS ? (column / 2 * M + i) * 2 + column % 2 : column * M + i;
-            total[i * TILE + side.list[2 * e] % TILE] += own * get(from, at, half && PAIRS);
-        }
-    }
+    add_list(side, tile, from, total, M, half);
     vf sums[MOST * PARTS];
     memcpy(sums, total, M * TILE * 4);
     finish(map, sums, tile, row, R, M, half);
 }
 
-TILED(12, f32, 0)
-TILED(12, bf16, 1)
+#if PAIRS
+#define DEEP 256          // columns of W that are unpacked at a time
+#define NEAR (86 * MANY)  // rows of x that meet them
+
+#define MANY_OF(some, run)       \
+    switch (some) {              \
+        case 1: run(1); break;   \
+        case 2: run(2); break;   \
+        case 3: run(3); break;   \
+        case 4: run(4); break;   \
+        case 5: run(5); break;   \
+        default: run(MANY);      \
+    }
+
+// sums [R M][2] += R tiles' numbers w [R][DEEP / 2] times M rows of packed x from column `from` on; even and odd pairs
+// of columns apart, as in `tiles`.
+INLINE void block(const __m512i *w, const char *x, __m512 *sums, int64_t from, int64_t pairs, const int R, const int M) {
+    __m512 acc[2][2 * MANY];
+    for (int i = 0; i < R * M; i++)
+        for (int c = 0; c < 2; c++) acc[c][i] = from ? sums[2 * i + c] : _mm512_setzero_ps();
+    x += from * M * 2;
+#pragma GCC unroll 1
+    for (int64_t p = 0; p < pairs; p += 2)
+#pragma GCC unroll 2
+        for (int c = 0; c < 2; c++)
+#pragma GCC unroll 6
+            for (int i = 0; i < M; i++) {
+                int32_t both;
+                memcpy(&both, x + ((p + c) * M + i) * 4, 4);
+                const __m512bh y = (__m512bh)_mm512_set1_epi32(both);
+                for (int r = 0; r < R; r++)
+                    acc[c][r * M + i] = _mm512_dpbf16_ps(acc[c][r * M + i], (__m512bh)w[r * DEEP / 2 + p + c], y);
+            }
+    for (int i = 0; i < R * M; i++)
+        for (int c = 0; c < 2; c++) sums[2 * i + c] = acc[c][i];
+}
+
+// What `tiles` does, for `rows` rows of packed x. The next columns of W are fetched meanwhile.
+INLINE void near_rows(const Map *map, int64_t n, const char *x, int64_t tile, int64_t row, int64_t rows, const int R) {
+    const int64_t steps = steps_of(n);
+    __m512i w[2 * DEEP / 2];
+    __m512 sums[2 * 2 * NEAR];
+    Table table[2];
+    const Side side = side_of(map->s, map->out);
+    for (int r = 0; r < R; r++) table[r] = table_of(side.tables + 16 * (tile + r));
+    for (int64_t from = 0; from < steps; from += DEEP / STEP) {
+        const int64_t count = MIN(DEEP / STEP, steps - from);
+        for (int r = 0; r < R; r++)
+            for (int64_t s = 0; s < count; s++)
+                numbers(map->w + (tile + r) * tile_bytes(n, 12) + (from + s) * BYTES, table[r],
+                        (vu(*)[PARTS])(w + r * DEEP / 2 + s * PAIR));
+        for (int64_t i = 0; i < rows; i += MANY) {
+            const char *own = x + i * row_bytes(n, 1);
+            for (int64_t b = i / MANY * 64; b < count * BYTES; b += (rows + MANY - 1) / MANY * 64)
+                for (int r = 0; r < R; r++)
+                    __builtin_prefetch(map->w + (tile + r) * tile_bytes(n, 12) + (from + count) * BYTES + b, 0, 2);
+#define RUN(M) block(w, own, sums + 2 * R * i, from * STEP, count * PAIR, R, M)
+            MANY_OF(rows - i, RUN)
+#undef RUN
+        }
+    }
+    for (int64_t i = 0; i < rows; i += MANY) {
+        const int64_t M = MIN(MANY, rows - i);
+        float total[2 * MANY * TILE];
+        for (int j = 0; j < R * M; j++) {
+            const vf both = (vf)(sums[2 * (R * i + j)] + sums[2 * (R * i + j) + 1]);
+            memcpy(total + j * TILE, &both, sizeof both);
+        }
+        for (int r = 0; r < R; r++) add_list(side, tile + r, x + i * row_bytes(n, 1), total + r * M * TILE, M, 1);
+        vf all[2 * MANY];
+        memcpy(all, total, R * M * TILE * 4);
+        finish(map, all, tile, row + i, R, M, 1);
+    }
+}
+#endif
+
+// Tiles [from, to) times all rows of x. Of many each number of W is unpacked once for NEAR of them; what a row comes to does
+// not depend on how many there are.
+INLINE void all_rows(const Map *map, const char *packed, int64_t m, int64_t n, int64_t from, int64_t to, const int bits,
+                     const int half) {
+#if PAIRS
+    if (half && m > MOST) {
+        for (; from < to; from += 2)
+            for (int64_t row = 0; row < m; row += NEAR) {
+                const char *x = packed + row * row_bytes(n, 1);
+                if (to - from > 1)
+                    near_rows(map, n, x, from, row, MIN(NEAR, m - row), 2);
+                else
+                    near_rows(map, n, x, from, row, MIN(NEAR, m - row), 1);
+            }
+        return;
+    }
+#endif
+    part(map, packed, m, n, from, to, bits, half);
+}
+
+TILED(12, f32, 0, all_rows)
+TILED(12, bf16, 1, all_rows)
+const int64_t most_rows_f32 = 96, most_rows_bf16 = PAIRS ? INT64_MAX : 96;  // beyond them restored weights are as fast
 
 // `count` numbers of a row become elements of y from `at` on; as bfloat16 every bit of them.
 INLINE void put_row(char *y, int64_t at, const bf16 *v, int64_t count, const int half) {

@@ -91,10 +91,10 @@ INLINE void tiles(const Map *map, int64_t n, const char *x, int64_t tile, int64_
     finish(map, total, tile, row, R, M, half);
 }
 
-TILED(4, f32, 0)
-TILED(4, bf16, 1)
-TILED(8, f32, 0)
-TILED(8, bf16, 1)
+TILED(4, f32, 0, part)
+TILED(4, bf16, 1, part)
+TILED(8, f32, 0, part)
+TILED(8, bf16, 1, part)
 
 // A tile's group at w as numbers -> y, of which there are `rows` rows, n columns apart, and `columns` columns.
 INLINE void restore(const char *w, const uint16_t *s, char *y, int64_t rows, int64_t columns, int64_t n, const int bits,

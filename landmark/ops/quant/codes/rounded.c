@@ -143,7 +143,7 @@ INLINE void pack(const char *x, char *packed, int64_t m, int64_t n, int64_t k, c
     }
 }
 
-TILED(4, f32, 0)
-TILED(4, bf16, 1)
-TILED(8, f32, 0)
-TILED(8, bf16, 1)
+TILED(4, f32, 0, part)
+TILED(4, bf16, 1, part)
+TILED(8, f32, 0, part)
+TILED(8, bf16, 1, part)
