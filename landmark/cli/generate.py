@@ -237,13 +237,17 @@ def open_drafter(spec: str) -> Drafter:
     import landmark
 
     from ..infer.speculative import Lookup, ModelDrafter, OwnDrafts
+    from ..models.base import kind
+    from ..models.decoder import Decoder
 
     if spec == "lookup":
         return Lookup()
     if spec == "own":
         return OwnDrafts()
     model = landmark.load(spec)
-    return ModelDrafter(only_decoder(model))  # type: ignore[arg-type]
+    if not isinstance(model, Decoder):
+        raise ValueError(f"{spec} is {kind(model)}, which cannot draft; give a decoder")
+    return ModelDrafter(model)
 
 
 def printable(text: str) -> str:

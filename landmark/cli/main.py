@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib import import_module
 from typing import Any
 
@@ -113,7 +114,8 @@ def root(
 
 
 def main() -> None:
-    """Run the command line; bad input is one clear line on stderr and exit code 2."""
+    """Run the command line; bad input is one clear line on stderr and exit code 2, a warning is one too."""
+    warnings.formatwarning = lambda message, *_, **__: f"landmark: {' '.join(str(message).split())}\n"
     try:
         app()
     except (ValueError, OSError) as error:

@@ -60,6 +60,7 @@ def serve(
     import uvicorn
     from rich.console import Console
 
+    from ..ops.native import report
     from ..serve.app import create_app
     from ..serve.limits import Limits
     from ..serve.served import ServedEncoder
@@ -75,6 +76,8 @@ def serve(
                 spec, dtype, quantise, device, int(memory * 2**30), max_batch, chunk, draft, adapter or ()
             )
             served += [one] if isinstance(one, ServedEncoder) else [one, *one.adapted()]
+    if not all(isinstance(one, ServedEncoder) for one in served):
+        console.print(f"[dim]{report()}[/]")
     app = create_app(served, limits)
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -130,10 +133,20 @@ def open_served(
     tokenizer = Tokenizer.load(directory)
     attached = open_adapters(model, adapters)
     drafter = None if draft is None else open_draft(draft, dtype, device)
+    warm(model)
     engine = Engine(
         model, tokenizer, memory=memory, max_batch=max_batch, chunk=chunk, drafter=drafter, adapters=attached
     )
     return Served(name, engine, tokenizer)
+
+
+def warm(model: Decoder) -> None:
+    """Read the weights once and have the kernels built, for which the first request would wait otherwise."""
+    from ..infer.session import Session
+
+    session = Session(model, 1, 8)
+    session.extend([[0, 0, 0]])
+    session.extend([[0]])
 
 
 def open_draft(spec: str, dtype: str | None, device: str) -> Decoder | Literal["lookup", "own"]:

@@ -9,7 +9,7 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -127,7 +127,7 @@ class Server:
         ]
         if body.stream:
 
-            async def pieces() -> AsyncIterator[dict[str, Any]]:
+            async def pieces() -> AsyncGenerator[dict[str, Any]]:
                 async for number, event in self.events(served, handles):
                     yield {**shared, "choices": [choices[number * n + event.index].feed(event)]}
                 if include_usage(body):
@@ -158,7 +158,7 @@ class Server:
         if body.stream:
             shared = head("chat.completion.chunk", served, "chatcmpl")
 
-            async def pieces() -> AsyncIterator[dict[str, Any]]:
+            async def pieces() -> AsyncGenerator[dict[str, Any]]:
                 yield {**shared, "choices": [choice.opening() for choice in choices]}
                 async for _, event in self.events(served, handles):
                     for piece in choices[event.index].feed(event):
@@ -376,7 +376,7 @@ def _said(choices: Sequence[TextChoice | ChatChoice]) -> int:
     return sum(len(choice.tokens) for choice in choices)
 
 
-def _stream(pieces: AsyncIterator[dict[str, Any]], handles: Sequence[Handle]) -> StreamingResponse:
+def _stream(pieces: AsyncGenerator[dict[str, Any]], handles: Sequence[Handle]) -> StreamingResponse:
     async def lines() -> AsyncIterator[bytes]:
         try:
             async for piece in pieces:
@@ -385,7 +385,7 @@ def _stream(pieces: AsyncIterator[dict[str, Any]], handles: Sequence[Handle]) ->
             yield b"data: " + json.dumps(error.body()).encode() + b"\n\n"
             return
         finally:
-            await pieces.aclose()  # type: ignore[attr-defined]
+            await pieces.aclose()
         yield b"data: [DONE]\n\n"
 
     async def end() -> None:  # where the client has left before the first piece, nothing else does

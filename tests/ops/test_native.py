@@ -75,7 +75,10 @@ def test_turned_off(source: native.Source, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_no_compiler(source: native.Source, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    assert source.why_not() == "no C compiler (no-such-compiler) on PATH: install gcc, or set CC"
+    with pytest.warns(UserWarning, match=r"no-such-compiler.*; plain torch runs instead") as warned:
+        assert source.why_not() == "no C compiler (no-such-compiler) on PATH: install gcc, or set CC"
+        assert native.Source(source.path).why_not() is not None
+    assert len(warned) == 1  # a reason is told once
     with pytest.raises(native.Unavailable, match="no-such-compiler"):
         source.function("twice")
 
@@ -83,7 +86,8 @@ def test_no_compiler(source: native.Source, monkeypatch: pytest.MonkeyPatch) -> 
 @needs_compiler
 def test_source_that_does_not_compile(source: native.Source, tmp_path: Path) -> None:
     source.path.write_text("void twice(")
-    reason = source.why_not()
+    with pytest.warns(UserWarning, match="failed on twice.c"):
+        reason = source.why_not()
     assert reason is not None and "failed on twice.c" in reason and "\n" not in reason
     assert list((tmp_path / "cache" / "landmark").iterdir()) == []
 
@@ -92,7 +96,8 @@ def test_compiler_that_is_no_program(source: native.Source, tmp_path: Path, monk
     (tmp_path / "cc").write_bytes(b"\x7fnot a program")
     (tmp_path / "cc").chmod(0o755)
     monkeypatch.setenv("CC", str(tmp_path / "cc"))
-    reason = source.why_not()
+    with pytest.warns(UserWarning, match="could not be run"):
+        reason = source.why_not()
     assert reason is not None and "could not be run" in reason
 
 
@@ -100,14 +105,16 @@ def test_compiler_that_is_no_program(source: native.Source, tmp_path: Path, monk
 def test_cache_that_cannot_be_written(source: native.Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    reason = source.why_not()
+    with pytest.warns(UserWarning, match="cannot write the kernel cache"):
+        reason = source.why_not()
     assert reason is not None and reason.startswith("cannot write the kernel cache")
 
 
 @needs_compiler
 def test_damaged_library(source: native.Source) -> None:
     native.build(source.path).write_bytes(b"damaged")
-    assert source.why_not() is not None
+    with pytest.warns(UserWarning, match="plain torch runs instead"):
+        assert source.why_not() is not None
 
 
 @needs_compiler

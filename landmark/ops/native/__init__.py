@@ -2,7 +2,7 @@
 
 Each op keeps its C source beside its Python; a `Source` builds it into the per-user cache (XDG_CACHE_HOME or ~/.cache,
 under landmark/), keyed by all that can change the result: sources, compiler, flags, processor. Without a compiler or a
-writable cache, or with LANDMARK_NATIVE=0, ops run in plain torch, and `report()` says why.
+writable cache ops run in plain torch, with a warning that says why; LANDMARK_NATIVE=0 asks for that.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch  # first: its OpenMP runtime must be the one that the kernels find 
 
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math")
 HEADERS = Path(__file__).parent
+OFF = "LANDMARK_NATIVE=0"
 
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -57,7 +59,15 @@ class Source:
                 self._library = ctypes.CDLL(str(build(self.path)))
             except (Unavailable, OSError) as e:
                 self._reason = str(e)
+                told = {s._reason for s in Source.all if s is not self}
+                if self._reason != OFF and self._reason not in told:
+                    warnings.warn(f"{self._reason}; plain torch runs instead, which is slower", stacklevel=2)
         return self._reason
+
+    @property
+    def asked(self) -> bool:
+        """Whether anybody wished to call it."""
+        return self._library is not None or self._reason is not None
 
     def function(self, name: str, *argtypes: object) -> ctypes._NamedFuncPointer:
         """The C function `name` (returns void). Raises Unavailable if it cannot be built."""
@@ -78,7 +88,7 @@ class Source:
 def build(source: Path) -> Path:
     """The shared library of `source`, from the cache or compiled into it; Unavailable says why there is none."""
     if os.environ.get("LANDMARK_NATIVE", "1") == "0":
-        raise Unavailable("LANDMARK_NATIVE=0")
+        raise Unavailable(OFF)
     cc = compiler()
     stat = os.stat(cc)
     headers = [header.read_bytes() for header in sorted(HEADERS.glob("*.h"))]
@@ -145,8 +155,8 @@ def openmp_runtimes() -> list[str]:
 
 
 def report() -> str:
-    """One line: which C kernels run, built by what, on how many threads; or why plain torch runs instead."""
-    reasons = {s.path.stem: s.why_not() for s in Source.all}
+    """One line: which C kernels have run, built by what, on how many threads; or why plain torch runs instead."""
+    reasons = {s.path.stem: s.why_not() for s in Source.all if s.asked}
     built = [name for name, reason in reasons.items() if reason is None]
     missing = sorted({reason for reason in reasons.values() if reason is not None})
     if not built:

@@ -61,7 +61,7 @@ INLINE void some_tiles(const Map *map, int64_t n, const char *x, int64_t from, i
 
 INLINE void part(const Map *map, const char *packed, int64_t m, int64_t n, int64_t from, int64_t to, const int bits,
                  const int half) {
-    const int64_t near = MAX(2, CHUNK / tile_bytes(n, bits) / 2 * 2);
+    const int64_t near = m > MOST ? MAX(2, CHUNK / tile_bytes(n, bits) / 2 * 2) : to - from;
     for (; from < to; from += near) {
         const char *x = packed;
         for (int64_t row = 0; row < m; row += MOST, x += row_bytes(n, half) * MOST) {

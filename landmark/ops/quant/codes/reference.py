@@ -114,7 +114,7 @@ def restore_rows(codes: Tensor, side: Tensor, bits: Bits, ids: Tensor, width: in
     else:
         found = codes.unflatten(2, (8, 4, 2, 4, 2))[tile, :, :, row // 4, :, row % 4].flatten(2)
         numbers = (found & 127).float() * (1 - (found >> 7).float() * 2)
-    return (numbers * _scales(side)[tile, :, row, None]).flatten(1)[:, :width].to(dtype)
+    return (numbers * _scales(side[tile, :, row])[..., None]).flatten(1)[:, :width].to(dtype)
 
 
 def _scales(side: Tensor) -> Tensor:
