@@ -84,6 +84,7 @@ class GLU(nn.Module):
                 return few.feed_forward(x, *weights, self.act)
         gate, up = together(x, self.gate, self.up)
         y = glu(gate, up, self.act)
+        del gate, up  # `down` may have their memory
         out: Tensor = self.down(y if self.norm is None else self.norm(y))
         return out
 

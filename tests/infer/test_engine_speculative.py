@@ -12,7 +12,7 @@ import torch
 from landmark.infer.constrain import Forms
 from landmark.infer.engine import Answer, Engine, Request, Sampling
 from landmark.infer.engine.drafts import Lookup
-from landmark.infer.engine.pace import MOST, Cost, Pace
+from landmark.infer.speculative.pace import MOST, Cost, Pace
 from landmark.models.decoder import Decoder
 from landmark.models.pattern import pattern
 

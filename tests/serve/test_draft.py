@@ -10,7 +10,7 @@ import pytest
 
 import landmark
 from landmark.cli.serve import open_served
-from landmark.infer.engine.pace import Cost
+from landmark.infer.speculative.pace import Cost
 from landmark.serve.served import Served
 
 from .conftest import live, model_and_tokenizer

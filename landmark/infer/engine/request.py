@@ -11,7 +11,7 @@ from torch import Tensor
 from ..generate import Event
 from ..generate import Request as Writer
 from ..sampling import Logprobs, Row, Sampling
-from .pace import Pace
+from ..speculative.pace import Pace
 from .radix import Node
 
 MOST = 128  # answers to one request

@@ -7,8 +7,8 @@ import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from ..speculative.pace import Cost
 from .drafts import Drafter
-from .pace import BALANCE, Cost
 from .request import Run
 from .store import Store
 
@@ -29,8 +29,7 @@ class Scheduler:
 
     def __init__(self, store: Store, *, max_batch: int, chunk: int, drafter: Drafter | None = None) -> None:
         self.store, self.max_batch, self.chunk, self.drafter = store, max_batch, chunk, drafter
-        balance = BALANCE.get(store.device.type, BALANCE["cuda"])
-        self._cost = None if drafter is None else Cost(drafter.cost, balance)
+        self._cost = None if drafter is None else Cost.on(store.device, drafter.cost)
         self.running: list[Run] = []
         self._waiting: list[tuple[tuple[float, int, int], Run]] = []
         self.preempted = 0

@@ -12,9 +12,9 @@ and g proposals a call gives (1 - a^(g + 1)) / (1 - a) tokens on average (eq. 1)
 from .drafters import Drafter, Lookup, ModelDrafter, OwnDrafts, Proposal
 from .loop import Figures, speculate
 from .reader import Reader
-from .verify import best_length, expected_tokens, verify
+from .verify import expected_tokens, verify
 
 __all__ = [
-    "Drafter", "Figures", "Lookup", "ModelDrafter", "OwnDrafts", "Proposal", "Reader", "best_length", "expected_tokens",
-    "speculate", "verify",
+    "Drafter", "Figures", "Lookup", "ModelDrafter", "OwnDrafts", "Proposal", "Reader", "expected_tokens", "speculate",
+    "verify",
 ]  # fmt: skip

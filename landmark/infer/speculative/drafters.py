@@ -33,7 +33,7 @@ class Drafter(Protocol):
         """Get ready for sequences that `reader` reads, of which `rows` have prompt, settings and answer so far."""
 
     def propose(self, texts: Sequence[Sequence[int]], count: int) -> Proposal:
-        """`count` tokens to follow each text (prompt and answer), which only ever grows."""
+        """Up to `count` tokens to follow each text (prompt and answer), which only ever grows."""
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these sequences, in this order."""
@@ -53,16 +53,18 @@ class Lookup:
         pass
 
     def propose(self, texts: Sequence[Sequence[int]], count: int) -> Proposal:
-        return Proposal(torch.tensor([self._follow(text, count) for text in texts]), None)
+        found = [self._follow(text, count) for text in texts]
+        longest = max(map(len, found))
+        filled = [tokens + [0] * (longest - len(tokens)) for tokens in found]
+        return Proposal(torch.tensor(filled, dtype=torch.long).view(len(texts), longest), None)
 
     def _follow(self, text: Sequence[int], count: int) -> list[int]:
         for size in range(min(self.longest, len(text) - 1), 0, -1):
             tail = list(text[-size:])
             for start in range(len(text) - size - 1, -1, -1):
                 if text[start] == tail[0] and list(text[start : start + size]) == tail:
-                    found = list(text[start + size : start + size + count])
-                    return found + [found[-1]] * (count - len(found))
-        return [text[-1]] * count
+                    return list(text[start + size : start + size + count])
+        return []
 
     def select(self, rows: Sequence[int]) -> None:
         pass

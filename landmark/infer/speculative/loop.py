@@ -16,8 +16,9 @@ from ..generate import Event, Request, request
 from ..sampling import BROKEN, Row, Sampler, Sampling
 from ..session import room_after
 from .drafters import Drafter, Proposal, distribution, said_so_far
+from .pace import Cost, Pace
 from .reader import Reader
-from .verify import best_length, verify
+from .verify import verify
 
 
 @dataclass
@@ -63,16 +64,14 @@ def speculate(
     capacity = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True)) + extra + 1
     run = _Run(model, each, rows, forms, drafter, capacity, figures)
     yield from run.begin(prompts)
-    rate = 0.7
+    pace, cost = Pace(), Cost.on(model.device, drafter.cost)
     while run.requests:
-        wanted = length if length is not None else best_length(rate, drafter.cost, most)
-        before = figures.kept, figures.proposed
+        wanted = length
+        if wanted is None:
+            wanted = min(most, pace.ahead(figures.calls, cost.needed(len(run.requests))))
         yield from run.step(max(1, min(wanted, *run.rooms())) if wanted else 0)
-        if figures.proposed > before[1]:
-            seen = (figures.kept - before[0]) / (figures.proposed - before[1])
-            rate = min(0.98, 0.8 * rate + 0.2 * seen)
-        elif not wanted:
-            rate = min(0.98, rate + 0.02)  # try again at some time
+        for right in run.right if run.guesses else ():
+            pace.judge(run.guesses, right, figures.calls)
 
 
 class _Run:
@@ -84,6 +83,7 @@ class _Run:
     ) -> None:  # fmt: skip
         self.model, self.requests, self.rows, self.forms = model, requests, rows, forms
         self.drafter, self.figures = drafter, figures
+        self.guesses, self.right = 0, list[int]()  # of the last call, for each sequence, and how many were kept
         self.reader = Reader(model, len(rows), capacity)
         drafter.begin(self.reader, rows, capacity)
 
@@ -122,6 +122,7 @@ class _Run:
         uniform = uniform.to(p.device)
         counts, next_tokens = verify(p, proposal.q, proposal.tokens.to(p.device), uniform)
         going, kept = [], []
+        self.guesses, self.right = places - 1, counts.tolist()
         for i, (count, token) in enumerate(zip(counts.tolist(), next_tokens.tolist(), strict=True)):
             self.figures.proposed += min(count + 1, places - 1)
             self.figures.kept += count

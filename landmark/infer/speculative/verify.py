@@ -1,4 +1,4 @@
-"""Which proposals are kept (Leviathan et al. 2023, algorithm 1), and how many are worth making."""
+"""Which proposals are kept (Leviathan et al. 2023, algorithm 1)."""
 
 from __future__ import annotations
 
@@ -33,8 +33,3 @@ def verify(p: Tensor, q: Tensor | None, drafts: Tensor, uniform: Tensor) -> tupl
 def expected_tokens(acceptance: float, proposals: int) -> float:
     """Tokens that a call of the model gives on average (eq. 1)."""
     return proposals + 1.0 if acceptance == 1 else (1 - acceptance ** (proposals + 1)) / (1 - acceptance)
-
-
-def best_length(acceptance: float, cost: float, most: int) -> int:
-    """How many proposals give the most tokens for the work, where one costs `cost` calls of the model (eq. 2)."""
-    return max(range(most + 1), key=lambda g: (expected_tokens(acceptance, g) / (g * cost + 1), -g))

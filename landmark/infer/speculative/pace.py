@@ -1,6 +1,6 @@
 """How far an answer is guessed ahead: as far as the guesses are likely to be worth what they cost.
 
-The costs are modelled, not measured, so that what the engine does depends on its requests and not on the clock. A call
+The costs are modelled, not measured, so that what is done depends on the requests and not on the clock. A call
 of the model reads its weights once, however many tokens it is given, and computes for each of them: its cost is taken
 to be 1 + tokens / balance, with the balance of arithmetic and memory of the device. So where one sequence runs, a guess
 costs a fraction of what it may save; where many do, a token costs hardly more than its arithmetic, which a guess costs
@@ -10,6 +10,8 @@ just as well, and speculation ends by itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import torch
 
 MOST = 8  # tokens that are guessed at once
 PAUSE = 64  # the longest time without guesses, in tokens
@@ -24,6 +26,10 @@ class Cost:
     guess: float = 0.0
     balance: float = BALANCE["cpu"]
 
+    @classmethod
+    def on(cls, device: torch.device, guess: float) -> Cost:
+        return cls(guess, BALANCE.get(device.type, BALANCE["cuda"]))
+
     def needed(self, running: int) -> float:
         """How likely a guess has to be right to be worth its cost, where so many sequences run."""
         token = (1 + running / self.balance) / running  # what a token costs without guesses
@@ -31,7 +37,7 @@ class Cost:
 
 
 class Pace:
-    """What is known of the guesses for one answer."""
+    """What is known of the guesses for one answer, or for several that are guessed together."""
 
     def __init__(self) -> None:
         self.rate = FIRST  # of those that were compared, the share that was right, the latest ones most
