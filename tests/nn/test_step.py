@@ -15,7 +15,7 @@ from landmark.infer.session import Session
 from landmark.models.decoder import Decoder
 from landmark.nn import residual
 from landmark.ops import step
-from landmark.transforms.quantise import quantise
+from landmark.transforms.quantise import quantise, quantised
 
 needs_kernel = pytest.mark.skipif(step.SOURCE.why_not() is not None, reason="no C compiler")
 BASE: dict[str, Any] = {
@@ -77,9 +77,9 @@ def test_one_call_is_what_the_modules_are(
 ) -> None:
     model = built(name, dtype)
     if bits is not None:
-        quantised = quantise(model, bits)
-        assert isinstance(quantised, Decoder)
-        model = quantised
+        coded = quantise(model, bits)
+        assert isinstance(coded, Decoder)
+        model = coded
     with counted(monkeypatch) as calls:
         got = logits(model)
     with counted(monkeypatch, use=False):
@@ -107,6 +107,30 @@ def test_a_few_more_tokens_of_each_text(name: str, rows: list[list[int]], monkey
         with counted(monkeypatch, use=False):
             alone = Session(model, 1, 32).extend([beginning + rows[row]])
         torch.testing.assert_close(found[0][row], alone[0], rtol=1e-4, atol=1e-5)
+
+
+@needs_kernel
+@pytest.mark.parametrize("way", [None, "int8", "int4-a8", "bf16-12"])
+@pytest.mark.parametrize("name", MODELS)
+def test_several_tokens_are_one_after_the_other_to_the_bit(name: str, way: str | None) -> None:
+    """So in bfloat16 too guesses are judged by what would have been said without them."""
+    model = built(name, torch.bfloat16)
+    if way is not None:
+        coded = quantised(model, way)
+        assert isinstance(coded, Decoder)
+        model = coded
+
+    def read(*pieces: list[list[int]]) -> Tensor:
+        session = Session(model, 2, 40)
+        session.extend([[1, 2, 3], [4]])
+        with torch.no_grad():
+            said = [model.hidden(torch.tensor(piece), state=session.state) for piece in pieces]
+        return torch.cat(said, 1)
+
+    texts = [list(range(7, 15)), list(range(20, 28))]
+    want = read(*([row[t : t + 1] for row in texts] for t in range(8)))
+    assert torch.equal(read(texts), want)
+    assert torch.equal(read([row[:3] for row in texts], [row[3:] for row in texts]), want)
 
 
 @needs_kernel

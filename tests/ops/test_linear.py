@@ -64,6 +64,17 @@ def test_against_float64(backend: str, dtype: torch.dtype, out: int, width: int,
         pytest.skip(str(ops.why_not(backend, x[:1], weight, b)))
 
 
+@pytest.mark.parametrize("dtype", cpu.KERNELS)
+@pytest.mark.parametrize(("out", "width"), [(70, 256), (33, 4000), (3000, 700), (5, 17000), (9, 63)])
+@torch.no_grad()
+def test_a_row_does_not_depend_on_its_neighbours_to_the_bit(out: int, width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight, bias, x = (torch.randn(*shape).to(dtype) for shape in ((out, width), (out,), (16, width)))
+    alone = torch.cat([run("skinny", row[None], weight, bias) for row in x])
+    for rows in range(2, 17):
+        assert torch.equal(run("skinny", x[:rows], weight, bias), alone[:rows])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
 def test_strides(backend: str) -> None:

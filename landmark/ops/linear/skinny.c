@@ -1,4 +1,5 @@
-// y = x W^T + b for few rows of x: W is read once, in order, at memory speed.
+// y = x W^T + b for few rows of x: W is read once, in order, at memory speed. Products are added up in the order of columns,
+// lane by lane, so that what a row comes to does not depend on how many there are.
 #include "lanes.h"
 #include "maps.h"
 
@@ -40,28 +41,29 @@ typedef struct {  // where some rows of W go on
 
 // Adds vector u of R rows of W times M rows of x, of which packed x has m, to acc[R][M].
 INLINE void step(Rows at, const char *x, vf *acc, int u, const int R, const int M, const int half) {
-    vf v[3];
+    vf v[4];
     for (int r = 0; r < R; r++) v[r] = weights(at.w + r * at.wide, u, half);
     for (int i = 0; i < M; i++)
         for (int r = 0; r < R; r++) acc[r * M + i] = dot(v[r], x + i * sizeof(vf), acc[r * M + i], half);
 }
 
-// n columns of R rows of W times M rows of packed x, added to part[M][ROWS] or, if they are the `first`, its content.
+// n columns of R rows of W times M rows of packed x, after part[M][ROWS] or, if they are the `first`, from 0 on.
 INLINE void strip(Rows at, const char *x, int64_t m, int64_t n, int first, vf *part, const int R, const int M, const int half) {
-    const int lanes = LANES(half), sets = R * M <= 4 ? 4 : R * M <= 8 ? 2 : 1;
-    vf acc[3 * MOST];  // [sets][R][M]
-    for (int i = 0; i < sets * R * M; i++) acc[i] = splat(0);
+    const int lanes = LANES(half);
+    vf acc[3 * MOST];  // [R][M]
+    for (int i = 0; i < M; i++)
+        for (int r = 0; r < R; r++) acc[r * M + i] = first ? splat(0) : part[i * ROWS + r];
 #pragma GCC unroll 1
     for (; n >= SPAN; n -= SPAN) {
         for (int r = 0; r < R; r++)
             for (int b = 0; b < SPAN * SIZE(half); b += 64) __builtin_prefetch(at.w + at.ahead + r * at.wide + b);
 #pragma GCC unroll 4
-        for (int u = 0; u < SPAN / lanes; u++, x += m * sizeof(vf)) step(at, x, acc + u % sets * R * M, u, R, M, half);
+        for (int u = 0; u < SPAN / lanes; u++, x += m * sizeof(vf)) step(at, x, acc, u, R, M, half);
         at.w += SPAN * SIZE(half);
     }
 #pragma GCC unroll 1
     for (int u = 0; n > 0; u++, n -= lanes, x += m * sizeof(vf)) {
-        char last[3][64] = {0};
+        char last[4][64] = {0};
         Rows end = at;
         int v = u;
         if (n < lanes) {
@@ -71,10 +73,19 @@ INLINE void strip(Rows at, const char *x, int64_t m, int64_t n, int first, vf *p
         step(end, x, acc, v, R, M, half);
     }
     for (int i = 0; i < M; i++)
-        for (int r = 0; r < R; r++) {
-            for (int u = 1; u < sets; u++) acc[r * M + i] += acc[(u * R + r) * M + i];
-            part[i * ROWS + r] = first ? acc[r * M + i] : part[i * ROWS + r] + acc[r * M + i];
-        }
+        for (int r = 0; r < R; r++) part[i * ROWS + r] = acc[r * M + i];
+}
+
+#define FEW 4        // rows of W at a time where they are near, and then the most of x
+#define NEAR 1048576  // bytes of W that are likely to be in a cache
+
+INLINE void few_strips(Rows at, const char *x, int64_t m, int64_t n, int first, vf *part, const int half) {
+    switch (m) {
+        case 1: strip(at, x, m, n, first, part, FEW, 1, half); break;
+        case 2: strip(at, x, m, n, first, part, FEW, 2, half); break;
+        case 3: strip(at, x, m, n, first, part, FEW, 3, half); break;
+        default: strip(at, x, m, n, first, part, FEW, FEW, half);
+    }
 }
 
 INLINE void strips(Rows at, const char *x, int64_t m, int64_t some, int64_t n, int first, vf *part, const int R,
@@ -117,10 +128,11 @@ INLINE int64_t block(int64_t m, int64_t n, const int half) {
 
 // Rows [from, to) of W. All columns of a row in one go if x fits the cache; else `width` columns of ROWS rows, then the next
 // ones. From five rows of x on, two rows of W at a time, and three where x needs blocks and has MOST rows: x is read less
-// often, and more sums are under way.
+// often, and more sums are under way; four where W is near, so that sums do not wait for each other.
 INLINE void part(const Map *map, const char *packed, int64_t m, int64_t n, int64_t from, int64_t to, const int half) {
     const int64_t wide = map->wide * SIZE(half), width = block(m, n, half);
     const int64_t most = width < n ? ROWS : ROWS / 2;
+    const int near = m <= FEW && width == n && map->out * wide <= NEAR;
     vf acc[2 * MOST][ROWS];  // [m][ROWS]
     for (int64_t o = from; o < to; o += most) {
         const int64_t rows = MIN(most, to - o);
@@ -129,6 +141,11 @@ INLINE void part(const Map *map, const char *packed, int64_t m, int64_t n, int64
         for (int64_t k = 0; k < n; k += width)
             for (int64_t r = 0; r < rows;) {
                 const int64_t left = rows - r;
+                if (near && left >= FEW) {
+                    few_strips((Rows){map->w + (o + r) * wide, wide, AHEAD}, packed, m, n, 1, acc[0] + r, half);
+                    r += FEW;
+                    continue;
+                }
                 const int R = width < n && m >= MOST && left > 2 && left != 4 ? 3 : (m > 4 || width < n) && left > 1 ? 2 : 1;
                 const int64_t far = o * wide + (k + width) * SIZE(half);  // where the next block of columns begins
                 Rows at = {map->w + (o + r) * wide + k * SIZE(half), wide, AHEAD};

@@ -77,9 +77,8 @@ def encode(weight: Tensor) -> tuple[Tensor, Tensor]:
     count = high.new_zeros(tiles, 256).scatter_add_(1, high.long(), torch.ones_like(high))
     count[:, 0] = -1
     tables = F.pad(count.sort(dim=1, descending=True, stable=True).indices[:, :15], (1, 0))
-    pointer = high.new_full((tiles, 256), 16).scatter_(
-        1, tables.flip(1), torch.arange(15, -1, -1).int().expand(tiles, -1)
-    )
+    order = torch.arange(15, -1, -1, dtype=torch.int32, device=weight.device).expand(tiles, -1)
+    pointer = high.new_full((tiles, 256), 16).scatter_(1, tables.flip(1), order)
     found = pointer.gather(1, high.long()).view(tiles, TILE, -1)
     rare = found == 16
     side = torch.zeros(side_shape(rows, width), dtype=torch.int32, device=weight.device)
