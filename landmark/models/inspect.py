@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..ctx import Bounds, Memory
 from ..nn.attention import Attention, CrossAttention
 from ..nn.bitlinear import Ternary
-from ..nn.codes import CodedEmbedding
+from ..nn.codes import CodedEmbedding, Codes
 from ..nn.disentangled import DisentangledAttention
 from ..nn.embedding import Embedding, Head
 from ..nn.heads import SequenceHead
@@ -54,7 +54,7 @@ class Figures:
     adds to the decoding state of a sequence while all windows are longer, and `cache_growth` after `context` tokens;
     `cache`: the state at `context` tokens; None where nothing is decoded. `memory`: the weights in each number format,
     without the scales of quantised groups; where linear maps are ternary, also with these in two bits and the rest in
-    bfloat16.
+    bfloat16; where they are coded, as they are, all in all.
     """
 
     parameters: int
@@ -85,6 +85,8 @@ def figures(model: Model, *, context: int | None = None, dtype: torch.dtype = to
     memory = {name: -(-parameters * bits // 8) for name, bits in BITS.items()}
     if ternary:
         memory["ternary"] = ternary // 4 + 2 * (parameters - ternary)
+    if any(isinstance(m, Codes) for m in model.modules()):
+        memory["coded"] = sum(t.nbytes for t in model.state_dict().values())
     per_token = growth = cache = None
     if isinstance(model, Decoder | EncoderDecoder):
         one, two, cache, beyond = state_bytes(model, dtype, 1, 2, context, context + 1)
@@ -114,9 +116,12 @@ def longest_text(model: Model) -> int | None:
 def embedding_parameters(model: nn.Module) -> int:
     """Tables that are looked up, and heads that own their weight."""
     tables = (m.modules() for m in model.modules() if isinstance(m, Embedding))
-    weights = {table.weight for part in tables for table in part if isinstance(table, nn.Embedding)}
-    weights |= {m.linear.weight for m in model.modules() if isinstance(m, Head) and m.linear is not None}
-    return sum(weight.numel() for weight in weights)
+    held: set[nn.Module] = {
+        table for part in tables for table in part if isinstance(table, nn.Embedding | CodedEmbedding)
+    }
+    held |= {m.linear for m in model.modules() if isinstance(m, Head) and m.linear is not None}
+    weights = {m if isinstance(m, Codes) else m.weight: count(m) for m in held}  # a shared one is one
+    return sum(weights.values())
 
 
 def depth(module: nn.Module) -> int:

@@ -12,11 +12,11 @@ import landmark
 from landmark.infer.generate import generate
 from landmark.infer.sampling import Sampling
 from landmark.models.decoder import Decoder
-from landmark.models.inspect import count, forward_flops
+from landmark.models.inspect import count, figures, forward_flops
 from landmark.nn.codes import CodedEmbedding, CodedLinear
 from landmark.nn.linear import Linear
 from landmark.ops.quant.codes import Bits
-from landmark.transforms.quantise import quantise, quantised
+from landmark.transforms.quantise import WAYS, quantise, quantised
 
 SIZE = {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 101, "hidden_size": 128, "intermediate_size": 256,
@@ -65,6 +65,15 @@ def test_saved_loaded_and_cast(tmp_path: Path) -> None:
     assert isinstance(back, Decoder)
     greedy = Sampling(temperature=0, max_tokens=5, stop_ids=())
     assert len(generate(back, [[1, 2, 3]], greedy)[0].tokens) == 5
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_it_costs_is_told(way: str) -> None:
+    model = llama().bfloat16()
+    told, of_plain = figures(quantised(model, way)), figures(model)
+    for name in ("parameters", "embedding", "flops", "cache"):
+        assert getattr(told, name) == getattr(of_plain, name)
+    assert "coded" not in of_plain.memory and told.memory["coded"] < of_plain.memory["bfloat16"]
 
 
 def far(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -102,6 +102,8 @@ def _laid(numbers: Tensor) -> Tensor:
 
 def decode(codes: Tensor, side: Tensor, rows: int, width: int) -> Tensor:
     """The bfloat16 numbers [rows, width]."""
+    if codes.is_meta:
+        return torch.empty(rows, width, dtype=torch.bfloat16, device=codes.device)
     tiles, steps, _ = codes.shape
     tables, starts, listed = parts(side, tiles)
     high = tables.gather(1, _pointers(codes).flatten(1).long()).view(tiles, steps, 2, 64)
@@ -115,6 +117,8 @@ def decode(codes: Tensor, side: Tensor, rows: int, width: int) -> Tensor:
 
 def decode_rows(codes: Tensor, side: Tensor, ids: Tensor, width: int) -> Tensor:
     """Rows `ids` [n] of the numbers, [n, width]."""
+    if codes.is_meta:
+        return torch.empty(len(ids), width, dtype=torch.bfloat16, device=codes.device)
     tiles, steps, _ = codes.shape
     tables, starts, listed = parts(side, tiles)
     tile, row = ids // TILE, ids % TILE
