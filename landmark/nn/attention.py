@@ -11,7 +11,7 @@ from ..config import Config as PlainConfig
 from ..config import ModuleConfig
 from ..ctx import Bounds, Ctx
 from ..ops.attention import attention, decode
-from ..ops.step import Norm, attend
+from ..ops.step import Call, Norm, attend, attend_call
 from . import step
 from .cache import CrossCache, KVCache, SlidingCache
 from .chunked import ChunkCache, cut
@@ -193,22 +193,29 @@ class Attention(nn.Module):
         c = self.cfg
         if not isinstance(state, KVCache | PagedKV) or c.temperature is not None or c.chunk is not None or not c.causal:
             return None
-        return state.room(ctx)
+        return state.whole(ctx)
 
-    def step(self, x: Tensor, norm: Norm, scale: float, ctx: Ctx, state: Cache | None) -> Tensor | None:
-        """x + scale f(norm(x)) of a few tokens in one call; None where it has to be done module by module."""
-        c, norms = self.cfg, None
-        if state is None or self.out_norm is not None or c.head_dim % 16 or (lengths := ctx.bounds.filled) is None:
+    def step_call(self, x: Tensor, norm: Norm) -> Call | None:
+        """What of `step` stays the same; None where it has to be done module by module."""
+        norms = None
+        if self.out_norm is not None or self.cfg.head_dim % 16:
             return None
         if self.q_norm is not None and (norms := self._head_norms(x)) is None:
             return None
         first, last = step.together(x, self.q, self.k, self.v), step.linear(x, self.out)
-        if first is None or last is None or (room := self._room(ctx, state)) is None or room[0].dtype != x.dtype:
+        return None if first is None or last is None else attend_call(norm, first, last, norms, x.dtype)
+
+    def step(self, x: Tensor, call: Call, scale: float, ctx: Ctx, state: Cache | None) -> Tensor | None:
+        """x + scale f(norm(x)) of a few tokens in one call; None where it has to be done module by module."""
+        if state is None or (lengths := ctx.bounds.filled) is None:
             return None
-        angles = None if self.rope is None else self.rope.angles(ctx, x.dtype)
+        if (room := self._room(ctx, state)) is None or room[0].dtype != x.dtype:
+            return None
+        c, rope = self.cfg, self.rope
+        angles = None if rope is None else rope.angles(ctx, x.dtype)
         return attend(
-            x, norm, first, last, lengths, *room, c.heads, angles, self.rope is not None and self.rope.cfg.interleaved,
-            norms, softmax=self.scale, window=c.window, softcap=c.softcap, scale=scale,
+            x, call, lengths, *room, c.heads, angles, rope is not None and rope.cfg.interleaved, softmax=self.scale,
+            window=c.window, softcap=c.softcap, scale=scale,
         )  # fmt: skip
 
     def _head_norms(self, x: Tensor) -> tuple[Norm, Norm] | None:

@@ -60,6 +60,13 @@ class KVCache:
             place.seen,
         )
 
+    def whole(self, ctx: Ctx) -> tuple[Tensor, Tensor, Bounds]:
+        """As `room`, with what else there is room for."""
+        place = ctx.memo("place", lambda: Place.of(ctx))
+        if place.width > self.k.shape[2]:
+            self._grow(place.width)
+        return self.k.transpose(1, 2), self.v.transpose(1, 2), place.seen
+
     def extend(self, k: Tensor, v: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor, Bounds]:
         place = ctx.memo("place", lambda: Place.of(ctx))
         past, bounds, width = _past(ctx), ctx.bounds, place.width

@@ -90,6 +90,8 @@ class PagedKV:
         """What `extend` gives, before this call's tokens, the last ones, are in it."""
         return self.k, self.v, self.blocks.pages
 
+    whole = room
+
     def extend(self, k: Tensor, v: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor, Bounds]:
         blocks = self.blocks
         put(self.k, k.flatten(0, 1), blocks.block, blocks.offset)

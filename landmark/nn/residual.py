@@ -56,7 +56,7 @@ class PreNorm(Sublayer):
         self.dropout, self.scale = cfg.dropout, cfg.scale
 
     def forward(self, x: Tensor, ctx: Ctx, state: Any = None) -> Tensor:
-        if ctx.past is not None and (stepped := sublayer(self.fn, x, self.norm, self.scale, ctx, state)) is not None:
+        if ctx.past is not None and (stepped := sublayer(self, x, ctx, state)) is not None:
             return stepped
         y = dropout(self.fn(self.norm(x), ctx, state), self.dropout, self.training)
         return x + (y if self.scale == 1.0 else y * self.scale)

@@ -1,13 +1,16 @@
 """Residual sublayers of few tokens that are one call of a kernel, and what their modules have to be for that.
 
-A function that can be such a call has a method `step(x, norm, scale, ctx, state)`: x + scale f(norm(x)), or None where
-it has to be computed module by module.
+A function f that can be such a call has two methods. `step_call(x, norm)` says what of the call stays the same from
+token to token; None where its modules are others than the kernel knows. `step(x, call, scale, ctx, state)` is
+x + scale f(norm(x)), or None where it has to be computed module by module.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -22,13 +25,56 @@ from .norm import RMSNorm
 PLAIN = (Tensor, Parameter)
 
 
-def sublayer(fn: nn.Module, x: Tensor, norm: nn.Module, scale: float, ctx: Ctx, state: Any) -> Tensor | None:
-    """x + scale fn(norm(x)) in one call, or None."""
-    step_of = getattr(type(fn), "step", None)
-    if step_of is None or fn.training or not few(x, ctx) or not unhooked(fn) or (normed := rms_norm(x, norm)) is None:
+def sublayer(owner: nn.Module, x: Tensor, ctx: Ctx, state: Any) -> Tensor | None:
+    """x + scale fn(norm(x)) in one call, or None; `owner` has all three."""
+    if owner.training or not few(x, ctx):
         return None
-    stepped: Tensor | None = step_of(fn, x, normed, scale, ctx, state)
-    return stepped
+    kept: Kept | None = owner.__dict__.get("_kept")
+    if kept is None or not kept.holds(x.dtype):
+        kept = owner.__dict__["_kept"] = Kept(owner, x)
+    if kept.call is None or kept.step is None:
+        return None
+    return kept.step(x, kept.call, owner.__dict__["scale"], ctx, state)
+
+
+class Kept:
+    """The call of a sublayer, as long as its modules, their weights and where these lie stay, and nobody has a hook."""
+
+    __slots__ = ("_addresses", "_dtype", "_hooks", "_places", "call", "step")
+
+    def __init__(self, owner: nn.Module, x: Tensor) -> None:
+        self._dtype = x.dtype
+        modules = list(owner.modules())
+        self._places = [
+            (where, name, what)
+            for m in modules
+            for where in (m._modules, m._parameters, m._buffers)
+            for name, what in where.items()
+        ]
+        tensors = [what for _, _, what in self._places if isinstance(what, Tensor)]
+        self._addresses: list[tuple[Callable[[], int], int]] = [(t.data_ptr, t.data_ptr()) for t in tensors]
+        self._hooks = [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        fn, norm = owner._modules["fn"], owner._modules["norm"]
+        self.call: step.Call | None = None
+        self.step: Callable[..., Tensor | None] | None = getattr(fn, "step", None)
+        make: Callable[..., step.Call | None] | None = getattr(fn, "step_call", None)
+        if make is not None and norm is not None and not any(self._hooks):
+            normed = rms_norm(x, norm)
+            self.call = None if normed is None else make(x, normed)
+
+    def holds(self, dtype: torch.dtype) -> bool:
+        if dtype != self._dtype:
+            return False
+        for where, name, what in self._places:
+            if where.get(name) is not what:
+                return False
+        for address, was in self._addresses:
+            if address() != was:
+                return False
+        for hooks in self._hooks:
+            if hooks:
+                return False
+        return True
 
 
 def few(x: Tensor, ctx: Ctx) -> bool:
@@ -56,34 +102,20 @@ def together(x: Tensor, *modules: nn.Module) -> list[step.Map] | None:
 
 
 def linear(x: Tensor, module: nn.Module) -> step.Map | None:
-    """A linear map as the kernel takes it, else None. What is found of a weight is kept as long as it stays there."""
-    weight: Tensor | None
+    """A linear map as the kernel takes it, else None."""
     if type(module) is Linear:
-        weight = module._parameters["weight"]
-    elif type(module) is CodedLinear:
-        weight = module._buffers["codes"]
-    else:
-        return None
-    assert weight is not None
-    bias = module.bias
-    where = weight.data_ptr(), _at(bias), x.dtype
-    kept = module.__dict__.get("_map")
-    if kept is None or kept[0] != where or kept[1] is not weight or kept[2] is not bias:
-        found = _plain(x, module) if type(module) is Linear else _coded(x, module)
-        kept = module.__dict__["_map"] = where, weight, bias, found
-    return kept[3] if not module._forward_hooks and not module._forward_pre_hooks else None
+        return _plain(x, module)
+    return _coded(x, module) if type(module) is CodedLinear else None
 
 
-def _plain(x: Tensor, module: nn.Module) -> step.Map | None:
-    assert isinstance(module, Linear)
+def _plain(x: Tensor, module: Linear) -> step.Map | None:
     w, kind = module.weight, cpu.kind(x.dtype)
     if w.dtype != x.dtype or w.stride(1) != 1 or type(w) not in PLAIN or kind is None or not _fits(x, module.bias):
         return None
     return step.Map(kind, (w.data_ptr(), 0, _at(module.bias), 0, w.shape[0], w.stride(0)), w.shape[1], w.nbytes)
 
 
-def _coded(x: Tensor, module: nn.Module) -> step.Map | None:
-    assert isinstance(module, CodedLinear)
+def _coded(x: Tensor, module: CodedLinear) -> step.Map | None:
     codes, kind = module.codes, coded_kind(module.bits, x.dtype, module.round_x)
     if kind is None or not codes.is_cpu or not _fits(x, module.bias):
         return None

@@ -152,6 +152,16 @@ def test_hooks_and_changed_weights_count(monkeypatch: pytest.MonkeyPatch) -> Non
     want = logits(other)
     model.load_state_dict(other.state_dict(), assign=True)
     assert torch.equal(logits(model), want)
+    third = built("llama").get_submodule("layers.1.ffn.fn.up")
+    own, holder = other.get_submodule("layers.1.ffn.fn.up"), model.get_submodule("layers.1.ffn.fn")
+    holder.up = third  # another module in its place
+    assert not torch.equal(logits(model), want)
+    holder.up = own
+    assert torch.equal(logits(model), want)
+    kept = own.weight.data
+    own.weight.data = third.weight.data.clone()  # the same parameter somewhere else
+    assert not torch.equal(logits(model), want)
+    own.weight.data = kept
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.data = parameter.data / 1.5

@@ -94,3 +94,12 @@ INLINE void restore_tile(const Map *map, int64_t n, int64_t t, char *y, const in
         for (int64_t t = from; t < to; t++)                                                            \
             restore_tile(map, n, t, map->y + (t - from) * TILE * n * (HALF ? 2 : 4), BITS, HALF);      \
     }
+
+// One row as numbers -> y.
+INLINE void restore_row(const Map *map, int64_t n, int64_t row, char *y, const int bits, const int half);
+
+// rows_NAME(map, n, ids, count): rows `ids` of W become those of y.
+#define PICKED(BITS, TYPE, HALF)                                                                                              \
+    void rows_##BITS##_##TYPE(const Map *map, int64_t n, const int64_t *ids, int64_t count) {                                 \
+        for (int64_t i = 0; i < count; i++) restore_row(map, n, ids[i], map->y + i * n * (HALF ? 2 : 4), BITS, HALF);         \
+    }

@@ -64,63 +64,71 @@ def why_not(x: Tensor) -> str | None:
     return SOURCE.why_not() or decode.SOURCE.why_not()
 
 
-def feed_forward(x: Tensor, norm: Norm, first: Sequence[Map], down: Map, act: str, scale: float) -> Tensor:
-    """x + scale down(act(gate(norm(x))) up(norm(x))), or of one map scale down(act(up(norm(x)))); x [..., dim]."""
-    return _call(x, norm, first, down, 0, _NO_ATTENTION, KINDS[act], scale)
+class Call(NamedTuple):
+    """What of a call stays the same from token to token, in the order of step.c's Step."""
+
+    weights: tuple[int, ...]  # norm, kinds, widths, maps
+    answer: int
+    act: int
+    bytes: int
+    norm: tuple[float, float]  # eps, offset
+    heads: tuple[int, int, float, float] | None = None  # addresses of norms of queries and keys, eps, offset
+
+
+def feed_forward_call(norm: Norm, first: Sequence[Map], down: Map, act: str) -> Call:
+    """Of down(act(gate(norm(x))) up(norm(x))), or with one map of down(act(up(norm(x))))."""
+    return _prepared(norm, first, down)._replace(act=KINDS[act])
+
+
+def attend_call(
+    norm: Norm, qkv: Sequence[Map], out: Map, head_norms: tuple[Norm, Norm] | None, dtype: torch.dtype
+) -> Call:
+    """Of out(attention of norm(x)); `head_norms` are of queries and keys, `dtype` is x's."""
+    found = _prepared(norm, qkv, out)._replace(answer=_answer(dtype))
+    if head_norms is None:
+        return found
+    q, k = head_norms
+    return found._replace(heads=(q.weight.data_ptr(), k.weight.data_ptr(), q.eps, q.offset))
+
+
+def _prepared(norm: Norm, first: Sequence[Map], last: Map) -> Call:
+    fields = (*(m.fields for m in first), _NO_MAP, _NO_MAP)[:3]
+    weights = (
+        norm.weight.data_ptr(), first[0].kind, last.kind, len(first), first[0].width, last.width,
+        *fields[0], *fields[1], *fields[2], *last.fields,
+    )  # fmt: skip
+    return Call(weights, 0, 0, last.bytes + sum(m.bytes for m in first), (norm.eps, norm.offset))
+
+
+def feed_forward(x: Tensor, call: Call, scale: float) -> Tensor:
+    """x + scale f(x), x [..., dim]."""
+    return _run(x, call, _NO_ATTENTION, scale)
 
 
 def attend(
-    x: Tensor, norm: Norm, qkv: Sequence[Map], out: Map, lengths: tuple[int, ...], keys: Tensor, values: Tensor,
-    seen: Bounds, heads: int,
-    angles: tuple[Tensor, Tensor] | None, interleaved: bool, head_norms: tuple[Norm, Norm] | None, *, softmax: float,
-    window: int | None, softcap: float | None, scale: float,
+    x: Tensor, call: Call, lengths: tuple[int, ...], keys: Tensor, values: Tensor, seen: Bounds, heads: int,
+    angles: tuple[Tensor, Tensor] | None, interleaved: bool, *, softmax: float, window: int | None,
+    softcap: float | None, scale: float,
 ) -> Tensor:  # fmt: skip
-    """x + scale out(attention of norm(x)); x holds `lengths` tokens of each sequence in turn, whose keys and values go
-    to where the last ones of `seen` are in `keys` and `values` (see landmark.ops.attention.decode). `softmax`
-    multiplies scores; `head_norms` are of queries and keys."""
+    """x + scale f(x); x holds `lengths` tokens of each sequence in turn, whose keys and values go to where the last
+    ones of `seen` are in `keys` and `values` (see landmark.ops.attention.decode). `softmax` multiplies scores."""
     cos, sin = angles or (None, None)
-    fresh = decode.Fresh(x, x, cos, sin, interleaved)
-    norms = None
-    if head_norms is not None:
-        q, k = head_norms
-        norms = q.weight.data_ptr(), k.weight.data_ptr(), q.eps, q.offset
     middle = decode.fields(
-        x,
-        keys,
-        values,
-        None,
-        lengths,
-        seen,
-        heads,
-        scale=softmax,
-        window=window,
-        softcap=softcap,
-        fresh=fresh,
-        norms=norms,
-    )
-    return _call(x, norm, qkv, out, _answer(x.dtype), middle, 0, scale)
+        x, keys, values, None, lengths, seen, heads, scale=softmax, window=window, softcap=softcap,
+        fresh=decode.Fresh(x, x, cos, sin, interleaved), norms=call.heads,
+    )  # fmt: skip
+    return _run(x, call, middle, scale)
 
 
-def _call(
-    x: Tensor,
-    norm: Norm,
-    first: Sequence[Map],
-    last: Map,
-    answer: int,
-    middle: tuple[float, ...],
-    act: int,
-    scale: float,
-) -> Tensor:
+def _run(x: Tensor, call: Call, middle: tuple[float, ...], scale: float) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
-    maps = (*(m.fields for m in first), _NO_MAP, _NO_MAP)[:3]
-    size = last.bytes + sum(m.bytes for m in first)
-    call = _pack(
-        x.data_ptr(), y.data_ptr(), norm.weight.data_ptr(), first[0].kind, last.kind, len(first), first[0].width,
-        last.width, *maps[0], *maps[1], *maps[2], *last.fields, answer, x.numel() // x.shape[-1], x.shape[-1], act,
-        torch.get_num_threads() if size > ONE_THREAD else 1, *middle, norm.eps, norm.offset, scale,
-    )  # fmt: skip
-    _kernel(x.dtype)(call)
+    weights, answer, act, size, norm, _ = call
+    threads = torch.get_num_threads() if size > ONE_THREAD else 1
+    dim = x.shape[-1]
+    _kernel(x.dtype)(
+        _pack(x.data_ptr(), y.data_ptr(), *weights, answer, x.numel() // dim, dim, act, threads, *middle, *norm, scale)
+    )
     return y
 
 

@@ -196,31 +196,31 @@ def _restore_tiles(codes: Tensor, side: Tensor, bits: int, rows: int, y: Tensor,
 
 def restore_rows(codes: Tensor, side: Tensor, bits: Bits, ids: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """Rows `ids` [n] of the weight, [n, width]."""
-    if bits == 12 and codes.is_cpu and dtype in SUFFIX and EXACT.why_not() is None:
-        return _exact_rows(codes, side, ids, width, dtype)
+    if codes.is_cpu and dtype in SUFFIX and source(bits).why_not() is None:
+        return _picked(codes, side, bits, ids, width, dtype)
     return reference.restore_rows(codes, side, bits, ids, width, dtype)
 
 
-def _rows(codes: Tensor, side: Tensor, ids: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    ids = ids.contiguous()
+def _pick(codes: Tensor, side: Tensor, bits: int, ids: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    ids, most = ids.contiguous(), len(codes) * TILE
     y = torch.empty(len(ids), width, dtype=dtype)
-    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(codes) * TILE:
-        raise IndexError(f"there is no row {ids.tolist()}")
-    of = _pack(codes.data_ptr(), side.data_ptr(), 0, y.data_ptr(), len(codes) * TILE, 0)
-    _rows_kernel(dtype)(of, ids.data_ptr(), len(ids), width)
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < most:
+        raise IndexError(f"rows {ids.tolist()} are asked for; there are {most}")
+    of = _pack(codes.data_ptr(), side.data_ptr(), 0, y.data_ptr(), most, 0)
+    _pick_kernel(bits, dtype)(of, width, ids.data_ptr(), len(ids))
     return y
 
 
 @cache
-def _rows_kernel(dtype: torch.dtype) -> Any:
-    return EXACT.function(f"rows_12_{SUFFIX[dtype]}", c_char_p, c_void_p, *[c_int64] * 2)
+def _pick_kernel(bits: int, dtype: torch.dtype) -> Any:
+    return source(bits).function(f"rows_{bits}_{SUFFIX[dtype]}", c_char_p, c_int64, c_void_p, c_int64)
 
 
-def _fake_rows(codes: Tensor, side: Tensor, ids: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+def _fake_rows(codes: Tensor, side: Tensor, bits: int, ids: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(len(ids), width, dtype=dtype)
 
 
-_exact_rows = inference_op("codes_exact_rows", _rows, _fake_rows)
+_picked = inference_op("codes_rows", _pick, _fake_rows)
 
 
 @operator("codes_restore")

@@ -268,10 +268,10 @@ INLINE void restore_tile(const Map *map, int64_t n, int64_t t, char *y, const in
 RESTORED(12, f32, 0)
 RESTORED(12, bf16, 1)
 
-INLINE void restore_row(const Map *map, int64_t n, int64_t row, char *y, const int half) {
+INLINE void restore_row(const Map *map, int64_t n, int64_t row, char *y, const int bits, const int half) {
     const int64_t t = row / TILE, r = row % TILE;
     const Side side = side_of(map->s, map->out);
-    const char *w = map->w + t * tile_bytes(n, 12) + r / 4 * 16 + r % 4 * 2;
+    const char *w = map->w + t * tile_bytes(n, bits) + r / 4 * 16 + r % 4 * 2;
     for (int64_t k = 0; k < n; k++) {
         const char *at = w + k / STEP * BYTES + k % 4 / 2 * 8 + k % 2;
         const int second = k % STEP / 4, pointer = *at >> 4 * second & 15;
@@ -284,14 +284,8 @@ INLINE void restore_row(const Map *map, int64_t n, int64_t row, char *y, const i
     }
 }
 
-// rows_NAME(map, ids, count, n): rows `ids` of W become those of y.
-#define ROWS(TYPE, HALF)                                                                                         \
-    void rows_12_##TYPE(const Map *map, const int64_t *ids, int64_t count, int64_t n) {                          \
-        for (int64_t i = 0; i < count; i++) restore_row(map, n, ids[i], map->y + i * n * (HALF ? 2 : 4), HALF);  \
-    }
-
-ROWS(f32, 0)
-ROWS(bf16, 1)
+PICKED(12, f32, 0)
+PICKED(12, bf16, 1)
 
 // The number at [row, k] of w [rows, n], 0 beyond it.
 INLINE bf16 number(const bf16 *w, int64_t rows, int64_t n, int64_t row, int64_t k) {

@@ -125,3 +125,24 @@ RESTORED(4, f32, 0)
 RESTORED(4, bf16, 1)
 RESTORED(8, f32, 0)
 RESTORED(8, bf16, 1)
+
+INLINE void restore_row(const Map *map, int64_t n, int64_t row, char *y, const int bits, const int half) {
+    const int64_t t = row / TILE, r = row % TILE;
+    const char *w = map->w + t * tile_bytes(n, bits);
+    const uint16_t *s = (const uint16_t *)map->s + t * groups_of(n) * TILE + r;
+    for (int64_t k = 0; k < n; k++) {
+        int number;
+        if (bits == 4)
+            number = (w[k / 8 * 64 + r * 4 + k % 2 * 2 + k % 8 / 4] >> k % 4 / 2 * 4 & 15) - 8;
+        else {
+            const char own = w[k / 4 * 64 + r / 4 * 16 + k % 4 / 2 * 8 + r % 4 * 2 + k % 2];
+            number = own & 128 ? -(own & 127) : own & 127;
+        }
+        put(y, k, (float)number * from_half(s[k / GROUP * TILE]), half);
+    }
+}
+
+PICKED(4, f32, 0)
+PICKED(4, bf16, 1)
+PICKED(8, f32, 0)
+PICKED(8, bf16, 1)
