@@ -37,7 +37,8 @@ def trim() -> None:
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Within, memory that becomes free stays with the process; afterwards it goes back."""
+    """Within, memory that becomes free stays with the process; at the end it goes back, and later buffers do where the
+    heap has no gap for them."""
     if LIBC is None:
         yield
         return
