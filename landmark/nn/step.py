@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
 
 from ..ctx import Ctx
 from ..ops import step
@@ -38,9 +39,13 @@ def sublayer(owner: nn.Module, x: Tensor, ctx: Ctx, state: Any) -> Tensor | None
 
 
 class Kept:
-    """The call of a sublayer, as long as its modules, their weights and where these lie stay, and nobody has a hook."""
+    """The call of a sublayer, as long as its modules, their weights and where these lie stay, and nobody has a hook.
 
-    __slots__ = ("_addresses", "_dtype", "_hooks", "_places", "call", "step")
+    `holds` is asked once a token of each sublayer, and weights that stream by leave nothing in the caches: what it
+    costs is the number of objects it touches.
+    """
+
+    __slots__ = ("_addresses", "_dtype", "_handles", "_hooks", "_places", "_tensors", "call", "step")
 
     def __init__(self, owner: nn.Module, x: Tensor) -> None:
         self._dtype = x.dtype
@@ -51,30 +56,29 @@ class Kept:
             for where in (m._modules, m._parameters, m._buffers)
             for name, what in where.items()
         ]
-        tensors = [what for _, _, what in self._places if isinstance(what, Tensor)]
-        self._addresses: list[tuple[Callable[[], int], int]] = [(t.data_ptr, t.data_ptr()) for t in tensors]
+        self._tensors = [what for _, _, what in self._places if isinstance(what, Tensor)]
+        self._addresses = [t.data_ptr() for t in self._tensors]
         self._hooks = [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._handles = -1 if any(self._hooks) else RemovableHandle.next_id  # of all hooks that there ever were
         fn, norm = owner._modules["fn"], owner._modules["norm"]
         self.call: step.Call | None = None
         self.step: Callable[..., Tensor | None] | None = getattr(fn, "step", None)
         make: Callable[..., step.Call | None] | None = getattr(fn, "step_call", None)
-        if make is not None and norm is not None and not any(self._hooks):
+        if make is not None and norm is not None and self._handles >= 0:
             normed = rms_norm(x, norm)
             self.call = None if normed is None else make(x, normed)
 
     def holds(self, dtype: torch.dtype) -> bool:
-        if dtype != self._dtype:
+        if dtype != self._dtype or self._handles < 0:
             return False
+        if self._handles != RemovableHandle.next_id:
+            if any(self._hooks):
+                return False
+            self._handles = RemovableHandle.next_id
         for where, name, what in self._places:
             if where.get(name) is not what:
                 return False
-        for address, was in self._addresses:
-            if address() != was:
-                return False
-        for hooks in self._hooks:
-            if hooks:
-                return False
-        return True
+        return [t.data_ptr() for t in self._tensors] == self._addresses
 
 
 def few(x: Tensor, ctx: Ctx) -> bool:

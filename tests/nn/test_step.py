@@ -145,6 +145,9 @@ def test_hooks_and_changed_weights_count(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(watched) == 3 and sum(calls) == 5 * 3 and set(seen) == {"Linear", "RMSNorm", "Attention"}
     for handle in handles:
         handle.remove()
+    with counted(monkeypatch) as calls:
+        logits(model)
+    assert sum(calls) == 5 * 6  # one call each again
     other = built("llama")
     with torch.no_grad():
         for parameter in other.parameters():
