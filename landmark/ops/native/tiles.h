@@ -7,7 +7,7 @@
 #define TILE 16           // rows of W
 #define PARTS (TILE / W)  // vectors of floats for a tile
 #define MOST 8            // rows of x at a time
-#define AHEAD 4096        // bytes to prefetch ahead of the codes that are read
+#define AHEAD 16384       // bytes of codes that are on their way: they are read once, into the nearest cache alone
 #define CHUNK 131072      // bytes of codes that stay near while all rows of x pass
 
 INLINE int64_t tiles_of(int64_t rows) { return (rows + TILE - 1) / TILE; }
@@ -26,6 +26,13 @@ INLINE void finish(const Map *map, const vf *total, int64_t tile, int64_t row, c
                     store_n(map->y, (row + i) * map->out + o, left, v, half);
             }
         }
+}
+
+// Fetch the `bytes` of codes that are read AHEAD bytes after those at w, `left` bytes before the end of one of R tiles that
+// are read side by side.
+INLINE void fetch(const char *w, int64_t left, int64_t tile, const int bytes, const int R) {
+    w += AHEAD / R + (left > AHEAD / R ? 0 : (R - 1) * tile);
+    for (int b = 0; b < bytes; b += 64) __builtin_prefetch(w + b, 0, 0);
 }
 
 #define ROWS_OF(some, run)                                                                                             \

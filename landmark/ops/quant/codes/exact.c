@@ -92,7 +92,7 @@ INLINE void tiles(const Map *map, int64_t n, const char *x, int64_t tile, int64_
 #pragma GCC unroll 1
     for (int64_t g = 0; g < steps_of(n); g++, w += BYTES) {
         vu v[PAIR][PARTS];
-        for (int b = 0; b < BYTES; b += 64) __builtin_prefetch(w + AHEAD + b);
+        fetch(w, 0, 0, BYTES, 1);
         numbers(w, table, v);
 #if PAIRS
         if (half) {

@@ -75,8 +75,7 @@ INLINE void tiles(const Map *map, int64_t n, const char *x, int64_t tile, int64_
     for (int i = 0; i < R * M * PARTS; i++) total[i] = splat(0);
 #pragma GCC unroll 1
     for (int64_t g = 0; g < groups; g++, x += SPAN * M) {
-        for (int r = 0; r < R; r++)
-            for (int b = 0; b < BYTES(bits); b += 64) __builtin_prefetch(w[r] + AHEAD + b);
+        for (int r = 0; r < R; r++) fetch(w[r], (groups - g) * BYTES(bits), groups * BYTES(bits), BYTES(bits), R);
         float scale[MOST];
         memcpy(scale, x + (SPAN - 4) * M, M * 4);
         for (int part = 0; part < PARTS; part++) {
