@@ -56,7 +56,7 @@ INLINE void strip(Rows at, const char *x, int64_t m, int64_t n, int first, vf *p
 #pragma GCC unroll 1
     for (; n >= SPAN; n -= SPAN) {
         for (int r = 0; r < R; r++)
-            for (int b = 0; b < SPAN * SIZE(half); b += 64) __builtin_prefetch(at.w + at.ahead + r * at.wide + b);
+            for (int b = 0; b < SPAN * SIZE(half); b += 64) __builtin_prefetch(at.w + at.ahead + r * at.wide + b, 0, 0);
 #pragma GCC unroll 4
         for (int u = 0; u < SPAN / lanes; u++, x += m * sizeof(vf)) step(at, x, acc, u, R, M, half);
         at.w += SPAN * SIZE(half);
