@@ -57,6 +57,23 @@ def test_what_may_be_drawn(backend: str, vocab: int, scale: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @needs_kernel
+def test_the_cut_of_top_k_is_the_kth_largest(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(1)
+    for turn in range(300):
+        vocab = int(torch.randint(2, 3000, (1,), generator=g))
+        k = int(torch.randint(1, vocab if turn % 3 else min(vocab, 60), (1,), generator=g))
+        x = (torch.randn(2, vocab, generator=g) * 10.0 ** (turn % 9 - 4)).to(dtype)
+        if turn % 5 == 0:
+            x[:, 1 + torch.randperm(vocab - 1, generator=g)[: vocab // 2]] = -math.inf
+        if turn % 7 == 0:
+            x = x.round()  # many ties
+        settings = columns([(1.0, k, 1.0, 0.0)] * 2)
+        _, cuts = draw(x, *settings, torch.full((2,), 0.5, dtype=torch.float64), backend="cpu")
+        assert torch.equal(cuts, x.float().topk(k).values[:, -1]), (vocab, k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@needs_kernel
 def test_the_kernel_draws_what_the_equations_draw(dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
     settings = SETTINGS * 40

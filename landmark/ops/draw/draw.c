@@ -28,28 +28,47 @@ INLINE int any(vi mask) {
     return found;
 }
 
-// The largest but k of n numbers, which are left in another order (Hoare 1961).
-static float nth(float *a, int64_t n, int64_t k) {
-    int64_t low = 0, high = n - 1;
-    while (low < high) {
-        const float pivot = a[low + (high - low) / 2];
-        int64_t i = low, j = high;
-        while (i <= j) {
-            while (a[i] > pivot) i++;
-            while (a[j] < pivot) j--;
-            if (i <= j) {
-                const float t = a[i];
-                a[i++] = a[j], a[j--] = t;
-            }
-        }
-        if (k <= j)
-            high = j;
-        else if (k >= i)
-            low = i;
-        else
-            break;
+// Floats as integers in their order, and back.
+INLINE int32_t rank_of(float x) {
+    int32_t i;
+    memcpy(&i, &x, 4);
+    return i ^ (i >> 31 & INT32_MAX);
+}
+INLINE float ranked(int32_t i) {
+    float x;
+    i ^= i >> 31 & INT32_MAX;
+    memcpy(&x, &i, 4);
+    return x;
+}
+
+// The largest but k of n numbers, by halving the range of floats in which it lies until only so many lie above.
+INLINE float nth(const void *x, int64_t n, int64_t k, const int half) {
+    vf least = splat(INFINITY), most = splat(-INFINITY);
+    for (int64_t i = 0; i < n; i += W) {
+        const vf v = part_of(x, i, n, half);
+        least = vmin(v, least), most = vmax(v, most);
     }
-    return a[k];
+    int64_t low = rank_of(-largest(-least)), high = rank_of(largest(most));
+    while (low < high) {
+        const int64_t middle = low + (high - low + 1) / 2;
+        const vf bound = splat(ranked((int32_t)middle));
+        vi count = (vi){0};
+        vf above = splat(INFINITY);
+        for (int64_t i = 0; i < n; i += W) {
+            const vf v = part_of(x, i, n, half);
+            const vi more = v >= bound;
+            count -= more;
+            above = vmin(select_(more, v, splat(INFINITY)), above);
+        }
+        int64_t found = 0;
+        for (int j = 0; j < W; j++) found += count[j];
+        if (found == k + 1) return -largest(-above);
+        if (found > k)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    return ranked((int32_t)low);
 }
 
 // All logits of at least `least`; their number.
@@ -64,20 +83,21 @@ INLINE int64_t collect(const void *x, int64_t n, float least, float *found, cons
     return count;
 }
 
-// The k-th largest logit; `found` holds those that are as large, and some more: `count`.
+// The k-th largest logit; `found` holds those that are as large, and perhaps some more: `count`.
 INLINE float largest_k(const void *x, int64_t n, int64_t k, float *found, int64_t *count, const int half) {
     const int64_t groups = (n + GROUP - 1) / GROUP;
-    float least = -INFINITY;
-    if (groups >= k) {
-        for (int64_t g = 0; g < groups; g++) {
-            vf most = splat(-INFINITY);
-            for (int64_t i = g * GROUP; i < MIN(n, (g + 1) * GROUP); i += W) most = vmax(most, part_of(x, i, n, half));
-            found[g] = largest(most);
-        }
-        least = nth(found, groups, k - 1); // k groups hold a logit as large
+    if (groups < k) {
+        const float least = nth(x, n, k - 1, half);
+        *count = collect(x, n, least, found, half);
+        return least;
     }
-    *count = collect(x, n, least, found, half);
-    return nth(found, *count, k - 1);
+    for (int64_t g = 0; g < groups; g++) {
+        vf most = splat(-INFINITY);
+        for (int64_t i = g * GROUP; i < MIN(n, (g + 1) * GROUP); i += W) most = vmax(most, part_of(x, i, n, half));
+        found[g] = largest(most);
+    }
+    *count = collect(x, n, nth(found, groups, k - 1, 0), found, half); // k groups hold a logit as large
+    return nth(found, *count, k - 1, 0);
 }
 
 static int descending(const void *a, const void *b) {
