@@ -129,8 +129,8 @@ class Pane {
         const low = this.talk.scrollHeight - this.talk.scrollTop - this.talk.clientHeight < 60;
         if (content) answer.append(token(content, tokens));
         if (low) this.talk.scrollTop = this.talk.scrollHeight;
-        const seconds = (performance.now() - first) / 1000;
-        if (count > 1) this.speed.value = `${((count - 1) / seconds).toFixed(1)} tokens/s · first after ${Math.round(first - began)} ms`;
+        const seconds = (performance.now() - began) / 1000;  // all of them: a browser that was busy gets several at once
+        if (count) this.speed.value = `${(count / seconds).toFixed(1)} tokens/s · first after ${Math.round(first - began)} ms`;
       }
     } catch (error) {
       if (error.name !== "AbortError") this.talk.append(line("error", error.message));
