@@ -3,7 +3,8 @@
 Buffers beyond 32 MiB come fresh from the system, which clears each of their pages at its first touch, and go back to it
 as soon as they are free; training on long texts spends half of its time so, and `kept` keeps them. A server does the
 reverse: what a few large bodies side by side once took stays for as long as something small lies above it, and `trim`
-gives it back. Elsewhere than on glibc both do nothing.
+gives it back; each of its threads would get a heap of its own, with gaps of its own, where `few_heaps` lets them share.
+Elsewhere than on glibc these do nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of mallopt(3)
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8  # of mallopt(3)
 _NEVER, _LARGEST, _DEFAULT_MMAP_MAX = -1, 32 << 20, 65536
 SHARE = 4  # unlike buffers leave gaps, of up to a third of the peak: they are kept where this many times it is there
 
@@ -33,6 +34,12 @@ def trim() -> None:
     """Give free memory back to the system; takes some milliseconds."""
     if LIBC is not None:
         LIBC.malloc_trim(ctypes.c_size_t(0))
+
+
+def few_heaps(count: int = 2) -> None:
+    """Let threads that begin to allocate from now on share so many heaps, the first one among them."""
+    if LIBC is not None:
+        LIBC.mallopt(_ARENA_MAX, count)
 
 
 @contextmanager

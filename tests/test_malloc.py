@@ -1,6 +1,8 @@
 """What the C library keeps and gives back, seen in page faults and resident memory."""
 
+import ctypes
 import resource
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -45,6 +47,32 @@ def test_kept_memory_is_cleared_once_and_given_back() -> None:
     assert again < pages / 10
     assert left < held - 48 * MIB
     assert after > 1.5 * LARGE // resource.getpagesize()  # no gap of the heap has room for it: it comes and goes again
+
+
+def heaps(allowed: int | None) -> int:
+    """From how many heaps eight threads at once get something small."""
+    if allowed is not None:
+        malloc.few_heaps(allowed)
+    libc = ctypes.CDLL("libc.so.6")
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    together, found = threading.Barrier(8), set()
+
+    def allocate() -> None:
+        found.add(libc.malloc(1000) // (64 * MIB))  # where those of threads begin
+        together.wait()
+
+    threads = [threading.Thread(target=allocate) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return len(found)
+
+
+def test_threads_share_few_heaps() -> None:
+    for allowed, fits in ((2, range(1, 4)), (None, range(5, 9))):  # there may be a third one from before
+        with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+            assert alone.submit(heaps, allowed).result() in fits
 
 
 def test_there_is_plenty_for_small_processes_only() -> None:

@@ -60,11 +60,13 @@ def serve(
     import uvicorn
     from rich.console import Console
 
+    from .. import malloc
     from ..ops.native import report
     from ..serve.app import create_app
     from ..serve.limits import Limits
     from ..serve.served import ServedEncoder
 
+    malloc.few_heaps()
     limits = Limits(keys=tuple(api_key or ()), timeout=timeout, queue=queue, rate=rate)
     console = Console(stderr=True, highlight=False)
     if adapter and len(models) > 1:
