@@ -15,7 +15,7 @@
 #define MOST 8       // rows of x at a time
 #define CACHE 28672  // bytes of x that the first-level cache holds beside W's stream
 #define BLOCK 16384  // bytes of x in a block of columns, if all of it is more than CACHE
-#define AHEAD 8192   // bytes to prefetch ahead where W is read in order
+#define AHEAD 8192   // bytes to prefetch ahead where W is read in order: once, so into the nearest cache alone
 
 // Vector number u of the span of W at w.
 INLINE vf weights(const char *w, int u, const int half) {
