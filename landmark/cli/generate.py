@@ -33,8 +33,8 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default
 Quantise = Annotated[
     str | None,
     typer.Option(
-        help="Round the weights as they are loaded: int8, int4, int4-all, or one with -a8. bf16-12 rounds nothing: "
-        "bfloat16 in 12 bits."
+        help="Round the weights as they are loaded: int8, int4, int4-all, or one with -a8. bf16-11 rounds nothing: "
+        "bfloat16 in 11 bits."
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]

@@ -1,5 +1,5 @@
 """Weights that are kept as codes, in the place of a linear map or an embedding table: integers of 4 or 8 bits in groups
-of 32, or bfloat16 in 12 bits, of which nothing is lost.
+of 32, or bfloat16 in 11 bits, of which nothing is lost.
 
 They are for use, not for training: gradients flow through them but not to them.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.linear import linear
-from ..ops.quant.codes import Bits, Map, encode, restore, restore_rows, room
+from ..ops.quant.codes import Bits, Map, encode, exact, restore, restore_rows, room
 from ..ops.quant.codes import linear as product
 from .linear import Linear, LinearConfig
 
@@ -35,13 +35,26 @@ class Codes(nn.Module):
 
     def reset_parameters(self) -> None:
         weight = torch.randn(self.rows, self.width) * self.width**-0.5
-        self.fill(weight.bfloat16() if self.bits == 12 else weight)
+        self.fill(weight.bfloat16() if self.bits == 11 else weight)
         nn.init.ones_(self.unit)
 
     @torch.no_grad()
     def fill(self, weight: Tensor) -> None:
-        """Take over a weight [rows, width], as near as bits allow. Raises ValueError for one that 12 cannot keep."""
+        """Take over a weight [rows, width], as near as bits allow. Raises ValueError for 11 bits of other numbers than
+        bfloat16."""
         self.codes, self.side = encode(weight, self.bits)
+
+    def fit(self, side: Tensor) -> None:
+        """Make room for what other codes of 11 bits need besides. Raises ValueError for what does not go with a matrix
+        of this size."""
+        if self.bits == 11:
+            exact.check_side(side, self.rows, self.width)
+            self.side = self.side.new_empty(side.shape)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if (side := state_dict.get(f"{prefix}side")) is not None:
+            self.fit(side)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def packed_parameters(self) -> int:
         """Weights, in fewer bytes than they have."""
@@ -70,8 +83,8 @@ class CodedLinear(Codes):
         def check(self) -> None:
             super().check()
             check_bits("CodedLinear.bits", self.bits)
-            if self.round_x and self.bits == 12:
-                raise ValueError("CodedLinear.round_x goes with 4 or 8 bits, not with 12")
+            if self.round_x and self.bits == 11:
+                raise ValueError("CodedLinear.round_x goes with 4 or 8 bits, not with 11")
 
         def build(self, linear: Linear) -> CodedLinear:
             return CodedLinear(self.bits, linear, self.round_x)
@@ -106,9 +119,9 @@ class CodedEmbedding(Codes):
 
 
 def check_bits(name: str, bits: int | None) -> None:
-    """Raise ValueError for anything but 4, 8, 12 or None."""
+    """Raise ValueError for anything but 4, 8, 11 or None."""
     if bits is not None and bits not in get_args(Bits):
-        raise ValueError(f"{name} is {bits!r}; weights are kept in 4 or 8 bits, or bfloat16 in 12")
+        raise ValueError(f"{name} is {bits!r}; weights are kept in 4 or 8 bits, or bfloat16 in 11")
 
 
 def table(rows: int, width: int, bits: Bits | None) -> nn.Embedding | CodedEmbedding:

@@ -1,7 +1,7 @@
 """Weights rounded to 4 or 8 bits in groups of 32, each to its nearest code: no data needed, no training after.
 
 What meets them may be rounded too, as it comes (`a8`: to 8 bits in groups of 32): eight texts at once and long prompts
-are faster then, at a little accuracy. bfloat16 in 12 bits loses nothing: it is read sooner, no more.
+are faster then, at a little accuracy. bfloat16 in 11 bits loses nothing: it is read sooner, no more.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from ..nn.codes import CodedLinear, Codes
 from ..nn.embedding import Embedding, Head
 from ..nn.linear import KEPT
 from ..ops.quant.codes import Bits, encode
-from ..ops.quant.codes.exact import TooRare
 from .rebuild import replace_configs
 
 
@@ -30,7 +29,7 @@ class Way(NamedTuple):
 
 
 _PLAIN = {"int8": Way(8, 8), "int4": Way(4, 8), "int4-all": Way(4, 4)}
-WAYS = _PLAIN | {f"{name}-a8": way._replace(round_x=True) for name, way in _PLAIN.items()} | {"bf16-12": Way(12, 12)}
+WAYS = _PLAIN | {f"{name}-a8": way._replace(round_x=True) for name, way in _PLAIN.items()} | {"bf16-11": Way(11, 11)}
 
 
 @torch.no_grad()
@@ -41,27 +40,16 @@ def quantise(
 
     `bits` for the linear maps of its layers, `outer` for the table of tokens and the head (None: as they are); `skip`
     names maps that stay, or the ends of their dotted names; with `round_x` coded maps round what they multiply, to 8
-    bits. Of bfloat16 in 12 bits those stay too that have too many rare exponents. Raises ValueError where the linear
-    maps are something else already, and for 12 bits of other numbers than bfloat16.
+    bits. Raises ValueError where the linear maps are something else already, and for 11 bits of other numbers than
+    bfloat16.
     """
     new = _coded(model, bits, outer, skip, round_x)
     weights: dict[str, Tensor] = dict(model.state_dict())
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    rare: list[str] = []
     for name, module in new.named_modules():
         if isinstance(module, Codes):
-            try:
-                found[name] = encode(weights[f"{name}.weight"], module.bits)
-            except TooRare:
-                rare.append(name)
-    if rare:
-        layers = [name.rpartition("layers.")[2] for name in rare if isinstance(new.get_submodule(name), CodedLinear)]
-        new = _coded(model, bits, outer if len(layers) == len(rare) else None, (*skip, *layers), round_x)
-    for name, module in new.named_modules():
-        if isinstance(module, Codes):
-            unit = weights.pop(f"{name}.weight").new_ones(())
-            codes, side = found[name]
-            weights |= {f"{name}.codes": codes, f"{name}.side": side, f"{name}.unit": unit}
+            weight = weights.pop(f"{name}.weight")
+            codes, side = encode(weight, module.bits)
+            weights |= {f"{name}.codes": codes, f"{name}.side": side, f"{name}.unit": weight.new_ones(())}
     new.load_state_dict(weights, assign=True)
     new.origin = model.origin
     return new.eval()

@@ -18,6 +18,7 @@ from ..config import ModelConfig, from_dict, nearest, to_dict
 from ..models.base import Model, Origin
 from ..models.pattern import Pattern, is_pattern
 from ..models.registry import Family, Keys, family_of, named, published
+from ..nn.codes import Codes
 from ..nn.float32 import float32_buffers
 from ..nn.lora import LoRA
 from .files import read_json, read_tensors, write_json, write_tensors
@@ -225,6 +226,12 @@ def from_published(family: Family, hf: Mapping[str, Any], theirs: dict[str, Tens
 
 def check_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], where: str | Path) -> None:
     """Every tensor there, of the right shape, and none besides."""
+    for name, module in model.named_modules():
+        if isinstance(module, Codes) and (side := weights.get(f"{name}.side")) is not None:
+            try:
+                module.fit(side)
+            except ValueError as error:
+                raise ValueError(f"{where}: {name + '.side'!r} {error}") from None
     wanted = model.state_dict()
     if missing := [name for name in wanted if name not in weights]:
         raise ValueError(f"{where} lacks {len(missing)} tensors, the first of them (by our name) {missing[0]!r}")

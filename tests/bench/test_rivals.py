@@ -117,7 +117,7 @@ def test_pairs_by_name_and_rival(bench: ModuleType) -> None:
     found = bench.chosen("transformers,int8/q8_0")
     assert [(p.ours, p.rival, p.theirs) for p in found] == [
         ("bf16", "transformers", "bf16"),
-        ("bf16-12", "transformers", "bf16"),
+        ("bf16-11", "transformers", "bf16"),
         ("int8", "llama.cpp", "q8_0"),
     ]
     assert bench.chosen(None) == list(bench.PAIRS)

@@ -110,7 +110,7 @@ def test_a_few_more_tokens_of_each_text(name: str, rows: list[list[int]], monkey
 
 
 @needs_kernel
-@pytest.mark.parametrize("way", [None, "int8", "int4-a8", "bf16-12"])
+@pytest.mark.parametrize("way", [None, "int8", "int4-a8", "bf16-11"])
 @pytest.mark.parametrize("name", MODELS)
 def test_several_tokens_are_one_after_the_other_to_the_bit(name: str, way: str | None) -> None:
     """So in bfloat16 too guesses are judged by what would have been said without them."""

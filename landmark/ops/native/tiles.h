@@ -7,7 +7,9 @@
 #define TILE 16           // rows of W
 #define PARTS (TILE / W)  // vectors of floats for a tile
 #define MOST 8            // rows of x at a time
+#ifndef AHEAD
 #define AHEAD 16384       // bytes of codes that are on their way: they are read once, into the nearest cache alone
+#endif
 #define CHUNK 131072      // bytes of codes that stay near while all rows of x pass
 
 INLINE int64_t tiles_of(int64_t rows) { return (rows + TILE - 1) / TILE; }

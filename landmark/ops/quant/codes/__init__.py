@@ -1,4 +1,4 @@
-"""Linear maps whose weights are codes: integers of 4 or 8 bits in groups of 32, or bfloat16 in 12 bits without loss.
+"""Linear maps whose weights are codes: integers of 4 or 8 bits in groups of 32, or bfloat16 in 11 bits without loss.
 
 They are read at memory speed where rows are few. Up to `MAX_ROWS` rows of x meet numbers that are restored in
 registers, and a row's result does not depend on how many there are; more rows meet a weight that is restored in memory,
@@ -50,9 +50,9 @@ class Map(NamedTuple):
 
 def source(bits: int, round_x: bool = False) -> Source:
     """Where the kernels are."""
-    if bits == 12 and round_x:
-        raise ValueError("x is rounded where weights are of 4 or 8 bits, not of 12")
-    return EXACT if bits == 12 else ROUNDED if round_x else GROUPED
+    if bits == 11 and round_x:
+        raise ValueError("x is rounded where weights are of 4 or 8 bits, not of 11")
+    return EXACT if bits == 11 else ROUNDED if round_x else GROUPED
 
 
 def why_not(backend: Backend, x: Tensor, codes: Tensor, bits: Bits, round_x: bool = False) -> str | None:
@@ -77,7 +77,7 @@ def why_not(backend: Backend, x: Tensor, codes: Tensor, bits: Bits, round_x: boo
 @cache
 def most_rows(bits: Bits, dtype: torch.dtype, round_x: bool) -> int:
     """How many rows of x the kernel takes at the speed of any."""
-    if bits == 12 and EXACT.why_not() is None:
+    if bits == 11 and EXACT.why_not() is None:
         return c_int64.from_address(EXACT.address(f"most_rows_{SUFFIX[dtype]}")).value
     return 2**63 - 1 if round_x else MAX_ROWS
 
@@ -113,8 +113,8 @@ def linears(x: Tensor, maps: Sequence[Map], bits: Bits, round_x: bool = False) -
 
 
 def encode(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
-    """weight [rows, width] -> codes and side. Raises ValueError for weights that 12 bits cannot keep."""
-    if bits == 12 and weight.is_cpu and EXACT.why_not() is None:
+    """weight [rows, width] -> codes and side. Raises ValueError for other numbers than bfloat16 in 11 bits."""
+    if bits == 11 and weight.is_cpu and EXACT.why_not() is None:
         return _exactly(weight)
     return reference.encode(weight, bits)
 
@@ -123,14 +123,15 @@ def _exactly(weight: Tensor) -> tuple[Tensor, Tensor]:
     exact.check(weight)
     weight = weight.detach().contiguous()
     rows, width = weight.shape
-    found, threads = room(rows, width, 12), torch.get_num_threads()
-    codes, side = torch.empty(found.codes, dtype=torch.uint8), torch.zeros(found.side, dtype=torch.int32)
-    tables, starts, _ = exact.parts(side, len(codes))
-    count = EXACT.function("tables", *[c_void_p] * 3, *[c_int64] * 2, c_int)
-    count(weight.data_ptr(), tables.data_ptr(), starts.data_ptr(), rows, width, threads)
+    codes = torch.empty(exact.codes_shape(rows, width), dtype=torch.uint8)
+    side = torch.zeros(exact.side_shape(rows, width), dtype=torch.int32)
+    arguments = c_int64, c_int64, c_int
+    tables = EXACT.function("tables", c_void_p, c_void_p, *arguments)
+    tables(weight.data_ptr(), side.data_ptr(), rows, width, threads := torch.get_num_threads())
+    starts = side[: len(codes) + 1]
     starts.copy_(starts.cumsum(0))
-    exact.check_rare(rows, width, int(starts[-1]))
-    write = EXACT.function("encode", *[c_void_p] * 3, *[c_int64] * 2, c_int)
+    side = F.pad(side, (0, exact.side_shape(rows, width, int(starts[-1]))[0] - len(side)))
+    write = EXACT.function("encode", *[c_void_p] * 3, *arguments)
     write(weight.data_ptr(), codes.data_ptr(), side.data_ptr(), rows, width, threads)
     return codes, side
 

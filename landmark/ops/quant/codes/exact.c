@@ -1,129 +1,182 @@
-// y = x W^T + b by a bfloat16 W of which each number is kept in 12 bits, and those numbers. A number's low byte is kept as
-// it is; of high bytes (the sign and seven bits of the exponent) a tile has a table of 16, 0 first, and 4 bits point to one.
-// The few numbers whose high byte is not in the table are 0 there and stand in a list.
+// y = x W^T + b by a bfloat16 W of which each number is kept in 11 bits and a little, and those numbers. A number's sign and
+// fraction are kept as they are, a byte; of exponents a tile has a table of 7, and 3 bits point to one. Where all three are
+// set the exponent is the next byte of those that stand beside. Exponents are kept rotated, their lowest bit on top, so that
+// the two bytes of a number are two choices between bits of two bytes.
 //
-// Of 8 columns a tile has 192 bytes: 64 of pointers, the low four bits for the first 64 low bytes and the high four for the
-// other 64, which are for four columns each; of these 16 bytes in a row are for four rows, first their first two columns.
+// Of 32 columns a tile has 704 bytes: 128 of the pointers' lower two bits, 64 of their highest and 512 of sign and fraction.
+// Numbers are taken 64 at a time, four columns; 16 bytes in a row are for four rows, first their first two columns. Of the
+// first 128 bytes 64 are for four times 64 numbers, from their lowest bits on, and of the next each 8 for 64, a bit a number.
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define PAIRS 1  // bfloat16 products by vdpbf16ps, two columns at a time
 #else
 #define PAIRS 0
 #endif
 #define TOGETHER 1
+#define AHEAD 7168
 #define MANY 6  // rows of x at a time, with two tiles, where they are more than MOST
 #define BLOCK(m, half) (PAIRS && (half) && (m) > MOST ? MANY : MOST)
 #include "columns.h"
 
-#define STEP 8
-#define BYTES (TILE * STEP * 3 / 2)
+#define STEP 32
+#define BYTES (TILE * STEP * 11 / 8)
+#define GROUPS 8  // of 64 numbers, in a step
 #define PAIR (STEP / 2)
 
 INLINE int64_t steps_of(int64_t n) { return (n + STEP - 1) / STEP; }
 INLINE int64_t tile_bytes(int64_t n, const int bits) { return steps_of(n) * BYTES; }
 
-// What stands beside the codes, int32: 4 a tile for its table, where each tile's part of the list begins and the last one's
-// ends, and that list: 16 times the column plus the row in its tile, and the number's 16 bits.
+// What stands beside the codes: where each tile's exponents begin and the last one's end, 8 bytes a tile for its table, of
+// which 7 are used, those exponents in the order of the numbers' bytes, and 192 bytes that are read and not used.
 typedef struct {
-    const char *tables;
-    const int32_t *starts, *list;
+    const int32_t *starts;
+    const uint8_t *tables, *exponents;
 } Side;
 
+#define TABLE 7
+#define BESIDE 7  // what points to no exponent of the table
+#define EARLY (PAIRS ? 3 : 0)  // times 64 numbers are unpacked before they are needed: it takes longer than multiplying those before
+
 INLINE Side side_of(const void *s, int64_t rows) {
-    const int32_t *at = s;
     const int64_t all = tiles_of(rows);
-    return (Side){s, at + 4 * all, at + 5 * all + 1};
+    const int32_t *at = s;
+    return (Side){at, (const uint8_t *)(at + all + 1), (const uint8_t *)(at + 3 * all + 1)};
 }
 
-// Columns 2 p and 2 p + 1 of a tile's 16 rows at w, in the low and high halves of v[p].
-#ifdef __AVX512BW__
-typedef __m512i Table;
-
-INLINE Table table_of(const char *t) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)t)); }
-
-INLINE void numbers(const char *w, Table table, vu (*v)[PARTS]) {
-    const __m512i four = _mm512_set1_epi8(15), codes = _mm512_loadu_si512(w);
-    for (int j = 0; j < 2; j++) {
-        const __m512i low = _mm512_loadu_si512(w + 64 + 64 * j), own = j ? _mm512_srli_epi16(codes, 4) : codes;
-        const __m512i high = _mm512_shuffle_epi8(table, _mm512_and_si512(own, four));
-        v[2 * j][0] = (vu)_mm512_unpacklo_epi8(low, high), v[2 * j + 1][0] = (vu)_mm512_unpackhi_epi8(low, high);
-    }
-}
+#if defined(__AVX512BW__) && defined(__AVX512VBMI2__)
+typedef __m512i Bytes;
+#elif defined(__AVX2__)
+typedef __m256i Bytes;
 #else
-typedef uint8_t Table __attribute__((vector_size(16)));
-
-INLINE Table table_of(const char *t) {
-    Table v;
-    memcpy(&v, t, 16);
-    return v;
-}
-
-INLINE void numbers(const char *w, Table table, vu (*v)[PARTS]) {
-    const Table first = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-    for (int r = 0; r < TILE; r += 4) {
-        const Table codes = table_of(w + r * 4);
-        for (int j = 0; j < 2; j++) {
-            const Table low = table_of(w + 64 + 64 * j + r * 4), high = __builtin_shuffle(table, j ? codes >> 4 : codes & 15);
-            const Table two[2] = {__builtin_shuffle(low, high, first), __builtin_shuffle(low, high, first + 8)};
-            for (int p = 0; p < 2; p++) memcpy((char *)v[2 * j + p] + r * 4, two + p, 16);
-        }
-    }
-}
+typedef uint8_t Bytes __attribute__((vector_size(16)));
 #endif
 
-// total [M][16] += the tile's listed numbers times M rows of packed x.
-INLINE void add_list(Side side, int64_t tile, const char *x, float *total, int64_t M, const int half) {
-    for (int32_t e = side.starts[tile]; e < side.starts[tile + 1]; e++) {
-        const int64_t column = side.list[2 * e] / TILE;
-        const float own = widen(side.list[2 * e + 1]);
-        for (int64_t i = 0; i < M; i++) {
-            const int64_t at = half && PAIRS ? (column / 2 * M + i) * 2 + column % 2 : column * M + i;
-            total[i * TILE + side.list[2 * e] % TILE] += own * get(x, at, half && PAIRS);
-        }
+INLINE Bytes table_of(Side side, int64_t tile) {
+    typedef int64_t Eights __attribute__((vector_size(sizeof(Bytes))));
+    int64_t own;
+    memcpy(&own, side.tables + 8 * tile, 8);
+    return (Bytes)(own + (Eights){});
+}
+
+// The j-th 64 numbers of a step at w, columns 2 p and 2 p + 1 of a tile's 16 rows in the low and high halves of v[p].
+INLINE void numbers(const char *w, const int j, Bytes table, const uint8_t **next, vu (*v)[PARTS]) {
+    const char *lower = w + j / 4 * 64, *highest = w + 128 + 8 * j, *own = w + 192 + 64 * j;
+    const int shift = 2 * (j % 4);
+#if defined(__AVX512BW__) && defined(__AVX512VBMI2__)
+    const __m512i top = _mm512_set1_epi8(-128), two = _mm512_loadu_si512(lower);
+    __m512i byte = _mm512_loadu_si512(own);
+    __asm__("" : "+v"(byte));  // or it is read twice
+    uint64_t third;
+    memcpy(&third, highest, 8);
+    __m512i pointer = _mm512_and_si512(shift ? _mm512_srli_epi16(two, shift) : two, _mm512_set1_epi8(3));
+    pointer = _mm512_mask_add_epi8(pointer, third, pointer, _mm512_set1_epi8(4));
+    const __mmask64 beside = _mm512_cmpeq_epi8_mask(pointer, _mm512_set1_epi8(BESIDE));
+    __m512i exponent = _mm512_shuffle_epi8(table, pointer);
+    exponent = _mm512_mask_expand_epi8(exponent, beside, _mm512_loadu_si512(*next));
+    *next += __builtin_popcountll(beside);
+    const __m512i low = _mm512_ternarylogic_epi32(top, exponent, byte, 0xca);  // top ? second : third
+    const __m512i high = _mm512_ternarylogic_epi32(top, byte, exponent, 0xca);
+    v[0][0] = (vu)_mm512_unpacklo_epi8(low, high), v[1][0] = (vu)_mm512_unpackhi_epi8(low, high);
+#elif defined(__AVX2__)
+    const __m256i bit = _mm256_set1_epi64x(0x8040201008040201), every = _mm256_set1_epi8(-1);
+    const __m256i eight = _mm256_setr_epi64x(0, 0x101010101010101, 0x202020202020202, 0x303030303030303);
+    for (int h = 0; h < 2; h++) {
+        const __m256i byte = _mm256_loadu_si256((const void *)(own + 32 * h));
+        int32_t third;
+        memcpy(&third, highest + 4 * h, 4);
+        const __m256i third_of = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(third), eight), bit);
+        __m256i pointer = _mm256_srli_epi16(_mm256_loadu_si256((const void *)(lower + 32 * h)), shift);
+        pointer = _mm256_and_si256(pointer, _mm256_set1_epi8(3));
+        pointer = _mm256_or_si256(pointer, _mm256_and_si256(_mm256_cmpeq_epi8(third_of, bit), _mm256_set1_epi8(4)));
+        const __m256i beside = _mm256_cmpeq_epi8(pointer, _mm256_set1_epi8(BESIDE));
+        __m256i before = beside;  // minus how many of 16 bytes up to each stand beside
+        before = _mm256_add_epi8(before, _mm256_slli_si256(before, 1));
+        before = _mm256_add_epi8(before, _mm256_slli_si256(before, 2));
+        before = _mm256_add_epi8(before, _mm256_slli_si256(before, 4));
+        before = _mm256_add_epi8(before, _mm256_slli_si256(before, 8));
+        const uint32_t where = _mm256_movemask_epi8(beside);
+        const __m128i first = _mm_loadu_si128((const void *)*next);
+        *next += __builtin_popcount(where & 0xffff);
+        const __m256i some = _mm256_inserti128_si256(_mm256_castsi128_si256(first), _mm_loadu_si128((const void *)*next), 1);
+        *next += __builtin_popcount(where >> 16);
+        const __m256i found = _mm256_shuffle_epi8(some, _mm256_xor_si256(before, every));
+        const __m256i exponent = _mm256_blendv_epi8(_mm256_shuffle_epi8(table, pointer), found, beside);
+        const __m256i swap = _mm256_and_si256(_mm256_xor_si256(byte, exponent), _mm256_set1_epi8(-128));
+        const __m256i low = _mm256_xor_si256(byte, swap), high = _mm256_xor_si256(exponent, swap);
+        const __m256i pairs[2] = {_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
+        for (int p = 0; p < 2; p++) memcpy((char *)v[p] + 32 * h, pairs + p, 32);
     }
+#else
+    const Bytes first = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+    const Bytes bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    for (int i = 0; i < 64; i += 16) {
+        uint64_t third[2], beside[2];
+        for (int k = 0; k < 2; k++) third[k] = (uint8_t)highest[i / 8 + k] * 0x101010101010101;
+        Bytes lowers, thirds, byte;
+        memcpy(&lowers, lower + i, 16), memcpy(&thirds, third, 16), memcpy(&byte, own + i, 16);
+        const Bytes pointer = (lowers >> shift & 3) | ((Bytes)((thirds & bit) != 0) & 4), where = (Bytes)(pointer == BESIDE);
+        Bytes exponent = __builtin_shuffle(table, pointer);
+        memcpy(beside, &where, 16);
+        if (beside[0] | beside[1])
+            for (int k = 0; k < 16; k++)
+                if (where[k]) exponent[k] = *(*next)++;
+        const Bytes low = (byte & 127) | (exponent & 128), high = (byte & 128) | (exponent & 127);
+        const Bytes pairs[2] = {__builtin_shuffle(low, high, first), __builtin_shuffle(low, high, first + 8)};
+        for (int p = 0; p < 2; p++) memcpy((char *)v[p] + i, pairs + p, 16);
+    }
+#endif
+}
+
+INLINE void step_numbers(const char *w, Bytes table, const uint8_t **next, vu (*v)[PARTS]) {
+    for (int j = 0; j < GROUPS; j++) numbers(w, j, table, next, v + 2 * j);
 }
 
 INLINE void tiles(const Map *map, int64_t n, const char *x, int64_t tile, int64_t row, const int R, const int M, const int bits,
                   const int half) {
     const Side side = side_of(map->s, map->out);
-    const Table table = table_of(side.tables + 16 * tile);
-    const char *w = map->w + tile * tile_bytes(n, bits), *from = x;
+    const Bytes table = table_of(side, tile);
+    const char *w = map->w + tile * tile_bytes(n, bits);
+    const uint8_t *next = side.exponents + side.starts[tile];
     vf acc[MOST * PARTS * 2];
     for (int i = 0; i < M * PARTS * 2; i++) acc[i] = splat(0);
+    vu v[GROUPS][2][PARTS];
+    for (int j = 0; j < EARLY; j++) numbers(w, j, table, &next, v[j]);
 #pragma GCC unroll 1
-    for (int64_t g = 0; g < steps_of(n); g++, w += BYTES) {
-        vu v[PAIR][PARTS];
+    for (int64_t g = 1; g <= steps_of(n); g++, w += BYTES) {
+        const char *after = g < steps_of(n) ? w + BYTES : w;
         fetch(w, 0, 0, BYTES, 1);
-        numbers(w, table, v);
+        __builtin_prefetch(next + AHEAD / 16, 0, 0);
+#pragma GCC unroll 8
+        for (int j = 0; j < GROUPS; j++) {
+            const int then = (j + EARLY) % GROUPS;
+            numbers(then < j ? after : w, then, table, &next, v[then]);
 #if PAIRS
-        if (half) {
-            for (int p = 0; p < PAIR; p++)
-                for (int i = 0; i < M; i++) {
-                    int32_t both;
-                    memcpy(&both, x + (p * M + i) * 4, 4);
-                    vf *own = acc + i * 2 + p % 2;
-                    *own = (vf)_mm512_dpbf16_ps((__m512)*own, (__m512bh)v[p][0], (__m512bh)_mm512_set1_epi32(both));
+            if (half) {
+                for (int p = 0; p < 2; p++) {
+                    __asm__("" : "+v"(v[then][p][0]));  // or the compiler unpacks them late
+                    for (int i = 0; i < M; i++) {
+                        int32_t both;
+                        memcpy(&both, x + (p * M + i) * 4, 4);
+                        vf *own = acc + i * 2 + p;
+                        *own = (vf)_mm512_dpbf16_ps((__m512)*own, (__m512bh)v[j][p][0], (__m512bh)_mm512_set1_epi32(both));
+                    }
                 }
-            x += STEP * M * 2;
-            continue;
-        }
-#endif
-        const float *column = (const float *)x;
-        for (int k = 0; k < STEP; k++)
-            for (int part = 0; part < PARTS; part++) {
-                const vf own = (vf)(k % 2 ? v[k / 2][part] & 0xffff0000 : v[k / 2][part] << 16);
-                for (int i = 0; i < M; i++) acc[(i * PARTS + part) * 2 + k % 2] += own * column[k * M + i];
+                x += 4 * M * 2;
+                continue;
             }
-        x += STEP * M * 4;
+#endif
+            const float *column = (const float *)x;
+            for (int k = 0; k < 4; k++)
+                for (int part = 0; part < PARTS; part++) {
+                    const vu pair = v[j][k / 2][part];
+                    const vf own = (vf)(k % 2 ? pair & 0xffff0000 : pair << 16);
+                    for (int i = 0; i < M; i++) acc[(i * PARTS + part) * 2 + k % 2] += own * column[k * M + i];
+                }
+            x += 4 * M * 4;
+        }
     }
-    float total[MOST * TILE];
-    for (int i = 0; i < M * PARTS; i++) {
-        const vf both = acc[2 * i] + acc[2 * i + 1];
-        memcpy(total + i * W, &both, sizeof both);
-    }
-    add_list(side, tile, from, total, M, half);
-    vf sums[MOST * PARTS];
-    memcpy(sums, total, M * TILE * 4);
-    finish(map, sums, tile, row, R, M, half);
+    vf total[MOST * PARTS];
+    for (int i = 0; i < M * PARTS; i++) total[i] = acc[2 * i] + acc[2 * i + 1];
+    finish(map, total, tile, row, R, M, half);
 }
 
 #if PAIRS
@@ -168,20 +221,21 @@ INLINE void near_rows(const Map *map, int64_t n, const char *x, int64_t tile, in
     const int64_t steps = steps_of(n);
     __m512i w[2 * DEEP / 2];
     __m512 sums[2 * 2 * NEAR];
-    Table table[2];
+    Bytes table[2];
+    const uint8_t *next[2];
     const Side side = side_of(map->s, map->out);
-    for (int r = 0; r < R; r++) table[r] = table_of(side.tables + 16 * (tile + r));
+    for (int r = 0; r < R; r++) table[r] = table_of(side, tile + r), next[r] = side.exponents + side.starts[tile + r];
     for (int64_t from = 0; from < steps; from += DEEP / STEP) {
         const int64_t count = MIN(DEEP / STEP, steps - from);
         for (int r = 0; r < R; r++)
             for (int64_t s = 0; s < count; s++)
-                numbers(map->w + (tile + r) * tile_bytes(n, 12) + (from + s) * BYTES, table[r],
-                        (vu(*)[PARTS])(w + r * DEEP / 2 + s * PAIR));
+                step_numbers(map->w + (tile + r) * tile_bytes(n, 11) + (from + s) * BYTES, table[r], next + r,
+                             (vu(*)[PARTS])(w + r * DEEP / 2 + s * PAIR));
         for (int64_t i = 0; i < rows; i += MANY) {
             const char *own = x + i * row_bytes(n, 1);
             for (int64_t b = i / MANY * 64; b < count * BYTES; b += (rows + MANY - 1) / MANY * 64)
                 for (int r = 0; r < R; r++)
-                    __builtin_prefetch(map->w + (tile + r) * tile_bytes(n, 12) + (from + count) * BYTES + b, 0, 2);
+                    __builtin_prefetch(map->w + (tile + r) * tile_bytes(n, 11) + (from + count) * BYTES + b, 0, 2);
 #define RUN(M) block(w, own, sums + 2 * R * i, from * STEP, count * PAIR, R, M)
             MANY_OF(rows - i, RUN)
 #undef RUN
@@ -189,14 +243,8 @@ INLINE void near_rows(const Map *map, int64_t n, const char *x, int64_t tile, in
     }
     for (int64_t i = 0; i < rows; i += MANY) {
         const int64_t M = MIN(MANY, rows - i);
-        float total[2 * MANY * TILE];
-        for (int j = 0; j < R * M; j++) {
-            const vf both = (vf)(sums[2 * (R * i + j)] + sums[2 * (R * i + j) + 1]);
-            memcpy(total + j * TILE, &both, sizeof both);
-        }
-        for (int r = 0; r < R; r++) add_list(side, tile + r, x + i * row_bytes(n, 1), total + r * M * TILE, M, 1);
         vf all[2 * MANY];
-        memcpy(all, total, R * M * TILE * 4);
+        for (int j = 0; j < R * M; j++) all[j] = (vf)(sums[2 * (R * i + j)] + sums[2 * (R * i + j) + 1]);
         finish(map, all, tile, row + i, R, M, 1);
     }
 }
@@ -222,8 +270,8 @@ INLINE void all_rows(const Map *map, const char *packed, int64_t m, int64_t n, i
     part(map, packed, m, n, from, to, bits, half);
 }
 
-TILED(12, f32, 0, all_rows)
-TILED(12, bf16, 1, all_rows)
+TILED(11, f32, 0, all_rows)
+TILED(11, bf16, 1, all_rows)
 const int64_t most_rows_f32 = 96, most_rows_bf16 = PAIRS ? INT64_MAX : 96;  // beyond them restored weights are as fast
 
 // `count` numbers of a row become elements of y from `at` on; as bfloat16 every bit of them.
@@ -236,103 +284,90 @@ INLINE void put_row(char *y, int64_t at, const bf16 *v, int64_t count, const int
 
 INLINE void restore_tile(const Map *map, int64_t n, int64_t t, char *y, const int bits, const int half) {
     const Side side = side_of(map->s, map->out);
-    const Table table = table_of(side.tables + 16 * t);
+    const Bytes table = table_of(side, t);
     const char *w = map->w + t * tile_bytes(n, bits);
-    const int64_t rows = MIN(TILE, map->out - t * TILE), steps = steps_of(n);
-    for (int64_t k = 0; k < n; k += 2 * W, w += W / PAIR * BYTES) {
-        vu v[W][PARTS];
-        for (int s = 0; s < W / PAIR; s++)
-            if (k / STEP + s < steps)
-                numbers(w + s * BYTES, table, v + s * PAIR);
-            else
-                memset(v + s * PAIR, 0, PAIR * sizeof *v);
-        for (int part = 0; part < PARTS; part++) {
-            vf own[W];
-            for (int p = 0; p < W; p++) own[p] = (vf)v[p][part];
-            transpose(own);
-            for (int r = 0; r < MIN(W, rows - part * W); r++) {
-                const int64_t at = (part * W + r) * n + k;
-                if (n - k >= 2 * W)
-                    put_row(y, at, (const bf16 *)(own + r), 2 * W, half);
-                else
-                    put_row(y, at, (const bf16 *)(own + r), n - k, half);
+    const uint8_t *next = side.exponents + side.starts[t];
+    const int64_t rows = MIN(TILE, map->out - t * TILE);
+    for (int64_t k = 0; k < n; k += STEP, w += BYTES) {
+        vu v[PAIR][PARTS];
+        step_numbers(w, table, &next, v);
+        for (int64_t first = 0; first < MIN(PAIR, (n - k + 1) / 2); first += W)
+            for (int part = 0; part < PARTS; part++) {
+                vf own[W];
+                for (int p = 0; p < W; p++) own[p] = (vf)v[first + p][part];
+                transpose(own);
+                const int64_t at = part * W * n + k + 2 * first;
+                for (int r = 0; r < MIN(W, rows - part * W); r++)
+                    put_row(y, at + r * n, (const bf16 *)(own + r), MIN(2 * W, n - k - 2 * first), half);
             }
-        }
-    }
-    for (int32_t e = side.starts[t]; e < side.starts[t + 1]; e++) {
-        const bf16 own = side.list[2 * e + 1];
-        put_row(y, side.list[2 * e] % TILE * n + side.list[2 * e] / TILE, &own, 1, half);
     }
 }
 
-RESTORED(12, f32, 0)
-RESTORED(12, bf16, 1)
+RESTORED(11, f32, 0)
+RESTORED(11, bf16, 1)
 
 INLINE void restore_row(const Map *map, int64_t n, int64_t row, char *y, const int bits, const int half) {
     const int64_t t = row / TILE, r = row % TILE;
     const Side side = side_of(map->s, map->out);
-    const char *w = map->w + t * tile_bytes(n, bits) + r / 4 * 16 + r % 4 * 2;
-    for (int64_t k = 0; k < n; k++) {
-        const char *at = w + k / STEP * BYTES + k % 4 / 2 * 8 + k % 2;
-        const int second = k % STEP / 4, pointer = *at >> 4 * second & 15;
-        const bf16 own = (uint8_t)side.tables[16 * t + pointer] << 8 | (uint8_t)at[64 + 64 * second];
-        put_row(y, k, &own, 1, half);
-    }
-    for (int32_t e = side.starts[t]; e < side.starts[t + 1]; e++) {
-        const bf16 own = side.list[2 * e + 1];
-        if (side.list[2 * e] % TILE == r) put_row(y, side.list[2 * e] / TILE, &own, 1, half);
-    }
-}
-
-PICKED(12, f32, 0)
-PICKED(12, bf16, 1)
-
-// The number at [row, k] of w [rows, n], 0 beyond it.
-INLINE bf16 number(const bf16 *w, int64_t rows, int64_t n, int64_t row, int64_t k) {
-    return row < rows && k < n ? w[row * n + k] : 0;
-}
-
-// Tables of w [rows, n], 0 and the 15 other high bytes that most numbers have, the lesser first where as many have them;
-// starts[t + 1] becomes how many of tile t have none of them.
-void tables(const bf16 *w, char *tables, int32_t *starts, int64_t rows, int64_t n, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t t = 0; t < tiles_of(rows); t++) {
-        int32_t count[256] = {0}, left = 0;
-        for (int64_t i = t * TILE * n; i < MIN(rows, (t + 1) * TILE) * n; i++) count[w[i] >> 8]++;
-        for (int j = 1; j < 256; j++) left += count[j];
-        count[0] = -2, tables[16 * t] = 0;
-        for (int c = 1; c < 16; c++) {
-            int most = 0;
-            for (int j = 1; j < 256; j++)
-                if (count[j] > count[most]) most = j;
-            tables[16 * t + c] = most, left -= count[most], count[most] = -1;
-        }
-        starts[t + 1] = left;
+    const Bytes table = table_of(side, t);
+    const char *w = map->w + t * tile_bytes(n, bits);
+    const uint8_t *next = side.exponents + side.starts[t];
+    for (int64_t k = 0; k < n; k += STEP, w += BYTES) {
+        vu v[PAIR][PARTS];
+        step_numbers(w, table, &next, v);
+        bf16 own[STEP];
+        for (int p = 0; p < PAIR; p++) memcpy(own + 2 * p, (const char *)v[p] + 4 * r, 4);
+        put_row(y, k, own, MIN(STEP, n - k), half);
     }
 }
 
-// Codes of w [rows, n], and their list, where tables and starts stand in `side` already.
-void encode(const bf16 *w, char *codes, char *side, int64_t rows, int64_t n, int threads) {
+PICKED(11, f32, 0)
+PICKED(11, bf16, 1)
+
+// Exponents are kept rotated: the lowest bit on top.
+INLINE uint8_t exponent_of(bf16 v) { return v >> 8 & 127 | v & 128; }
+
+// Tables of w [rows, n], the 7 exponents that most numbers have, the lesser first where as many have them; starts[t + 1]
+// becomes how many of tile t have others.
+void tables(const bf16 *w, int32_t *side, int64_t rows, int64_t n, int threads) {
     const Side all = side_of(side, rows);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < tiles_of(rows); t++) {
-        char *own = codes + t * tile_bytes(n, 12);
-        int32_t *list = (int32_t *)all.list + 2 * all.starts[t];
-        uint8_t code[256];
-        memset(code, 16, sizeof code);
-        for (int c = 15; c >= 0; c--) code[(uint8_t)all.tables[16 * t + c]] = c;
-        memset(own, 0, tile_bytes(n, 12));
-        for (int r = 0; r < TILE; r++)
-            for (int64_t k = 0; k < n; k++) {
-                const bf16 v = number(w, rows, n, t * TILE + r, k);
-                if (code[v >> 8] > 15) {
-                    *list++ = k * TILE + r, *list++ = v;
-                    continue;
+        const int64_t own = MIN(rows - t * TILE, TILE) * n;
+        int32_t count[256] = {0}, left = own;
+        for (int64_t i = 0; i < own; i++) count[exponent_of(w[t * TILE * n + i])]++;
+        for (int c = 0; c < TABLE; c++) {
+            int most = 0;
+            for (int j = 1; j < 256; j++)
+                if (count[j] > count[most]) most = j;
+            ((uint8_t *)all.tables)[8 * t + c] = most, left -= count[most], count[most] = -1;
+        }
+        side[t + 1] = left;
+    }
+}
+
+// Codes of w [rows, n], and what exponents stand beside, where tables and starts stand in `side` already.
+void encode(const bf16 *w, char *codes, int32_t *side, int64_t rows, int64_t n, int threads) {
+    const Side all = side_of(side, rows);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t t = 0; t < tiles_of(rows); t++) {
+        char *step = codes + t * tile_bytes(n, 11);
+        uint8_t *next = (uint8_t *)all.exponents + all.starts[t], code[256];
+        memset(code, BESIDE, sizeof code);
+        for (int c = TABLE - 1; c >= 0; c--) code[all.tables[8 * t + c]] = c;
+        memset(step, 0, tile_bytes(n, 11));
+        for (int64_t k = 0; k < n; k += STEP, step += BYTES) {
+            for (int j = 0; j < GROUPS; j++)
+                for (int i = 0; i < 64; i++) {
+                    const int64_t row = t * TILE + i / 16 * 4 + i / 2 % 4, column = k + 4 * j + i / 8 % 2 * 2 + i % 2;
+                    if (row >= rows || column >= n) continue;
+                    const bf16 v = w[row * n + column];
+                    const int own = code[exponent_of(v)];
+                    if (own == BESIDE) *next++ = exponent_of(v);
+                    step[j / 4 * 64 + i] |= (own & 3) << 2 * (j % 4);
+                    step[128 + 8 * j + i / 8] |= own >> 2 << i % 8;
+                    step[192 + 64 * j + i] = v >> 8 & 128 | v & 127;
                 }
-                char *step = own + k / STEP * BYTES;
-                const int at = r / 4 * 16 + k % 4 / 2 * 8 + r % 4 * 2 + k % 2, second = k % STEP / 4;
-                step[at] |= code[v >> 8] << 4 * second;
-                step[64 + 64 * second + at] = v;
-            }
+        }
     }
 }

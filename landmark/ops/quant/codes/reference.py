@@ -1,7 +1,7 @@
 """Matrices of numbers that are kept as codes, in tiles of 16 rows, so that a kernel's vectors take a row to a lane.
 
 codes are uint8 [tiles, ...]; what they need besides is `side`. Rows and columns are padded with zeros. `exact` says how
-bfloat16 is kept in 12 bits. Here are integers of 4 or 8 bits with a float16 scale for every 32 columns of a row,
+bfloat16 is kept in 11 bits. Here are integers of 4 or 8 bits with a float16 scale for every 32 columns of a row,
 w = scale * integer: codes [tiles, groups, 64 * bits], side (scales, as int16) [tiles, groups, 16].
 
 4 bits, -8 to 7, are kept plus 8. Of a tile's four times 64 bytes each is for eight columns, and a row's are four bytes
@@ -21,13 +21,13 @@ from torch import Tensor
 from . import exact
 from .exact import TILE
 
-Bits = Literal[4, 8, 12]
+Bits = Literal[4, 8, 11]
 GROUP = 32
 TILES_AT_ONCE = 256  # which bounds the memory that encoding takes
 
 
 class Room(NamedTuple):
-    """Shapes, and the type of the side."""
+    """Shapes, and the type of the side; of 11 bits its shape depends on the numbers, and this is the least."""
 
     codes: tuple[int, ...]
     side: tuple[int, ...]
@@ -36,15 +36,15 @@ class Room(NamedTuple):
 
 def room(rows: int, width: int, bits: Bits) -> Room:
     """What a matrix [rows, width] is kept in."""
-    if bits == 12:
+    if bits == 11:
         return Room(exact.codes_shape(rows, width), exact.side_shape(rows, width), torch.int32)
     tiles, groups = -(-rows // TILE), -(-width // GROUP)
     return Room((tiles, groups, 64 * bits), (tiles, groups, TILE), torch.int16)
 
 
 def encode(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
-    """weight [rows, width] -> codes and side. Raises ValueError where 12 bits are not enough."""
-    if bits == 12:
+    """weight [rows, width] -> codes and side. Raises ValueError for other numbers than bfloat16 in 11."""
+    if bits == 11:
         return exact.encode(weight)
     rows, width = weight.shape
     found = room(rows, width, bits)
@@ -96,7 +96,7 @@ def unpack(codes: Tensor, bits: Bits) -> Tensor:
 
 def restore(codes: Tensor, side: Tensor, bits: Bits, rows: int, width: int, dtype: torch.dtype) -> Tensor:
     """The weight [rows, width] that codes and side stand for."""
-    if bits == 12:
+    if bits == 11:
         return exact.decode(codes, side, rows, width).to(dtype)
     groups = unpack(codes, bits) * _scales(side)[..., None]
     return groups.transpose(1, 2).flatten(2).flatten(0, 1)[:rows, :width].to(dtype)
@@ -104,7 +104,7 @@ def restore(codes: Tensor, side: Tensor, bits: Bits, rows: int, width: int, dtyp
 
 def restore_rows(codes: Tensor, side: Tensor, bits: Bits, ids: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """Rows `ids` [n] of the weight, [n, width]."""
-    if bits == 12:
+    if bits == 11:
         return exact.decode_rows(codes, side, ids, width).to(dtype)
     tile, row = ids // TILE, ids % TILE
     if bits == 4:
