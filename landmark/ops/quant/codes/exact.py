@@ -6,9 +6,9 @@ numbers in a hundred, where they are normally distributed or trained. (Zhang et 
 a code of variable length, 11 bits in all.) Exponents are kept rotated, their lowest bit on top.
 
 codes uint8 [tiles, steps of 32 columns, 704]: 128 bytes of the pointers' lower two bits, 64 of their highest, 512 of
-sign and fraction. Numbers are taken 64 at a time, of four columns; of these every 16 are of four rows, first their first
-two columns, then the other two. Of the first 128 bytes 64 are for four times 64 numbers, from their lowest bits on; of
-the next each 8 are for 64, a bit a number.
+sign and fraction. Numbers are taken 64 at a time, of four columns; of these every 16 are of four rows, first their
+first two columns, then the other two. Of the first 128 bytes 64 are for four times 64 numbers, from their lowest bits
+on; of the next each 8 are for 64, a bit a number.
 
 side int32 [tiles + 1 + 2 tiles + R]: where each tile's exponents begin and the last one's end, the tables (8 bytes a
 tile, of which 7 are used), and the exponents, bytes in the order of their numbers', with 192 more that kernels read.
