@@ -38,10 +38,10 @@ def made(out: int, width: int, bits: Bits) -> tuple[Tensor, Tensor, Tensor]:
 def test_the_nearest_code_of_every_weight(shape: tuple[int, int, int], bits: Bits) -> None:
     _, width, out = shape
     weight, codes, side = made(out, width, bits)
-    tiles, groups = -(-out // 16), -(-width // 32)
-    assert codes.shape == (tiles, groups, 64 * bits) and side.shape == (tiles, groups, 16)
+    pairs, groups = -(-out // 32), -(-width // 32)
+    assert codes.shape == (pairs, groups, 2, 64 * bits) and side.shape == (pairs, groups, 2, 16)
     back = reference.restore(codes, side, bits, out, width, torch.float32)
-    of_rows = side.view(torch.float16).float().abs().transpose(1, 2).flatten(0, 1)[:out]
+    of_rows = side.view(torch.float16).float().abs().permute(0, 2, 3, 1).flatten(0, 2)[:out]
     step = of_rows.repeat_interleave(32, 1)[:, :width]
     assert ((back - weight).abs() <= step * (0.502 if bits == 8 else 1.002)).all()  # 4 bits: one side is cut by a step
     assert torch.equal(restore(codes, side, bits, out, width, torch.float32), back)

@@ -1,12 +1,22 @@
-// Codes of 4 or 8 bits in tiles of 16 rows, in groups of 32 columns that share a scale (float16).
+// Codes of 4 or 8 bits in tiles of 16 rows, in groups of 32 columns that share a scale (float16); of two tiles side by side
+// each group's codes follow another, and its scales.
 #pragma once
+#define TOGETHER 2
 #include "tiles.h"
 
 #define GROUP 32  // columns that share a scale
 #define BYTES(bits) (TILE * GROUP * (bits) / 8)  // of a tile's group
 
 INLINE int64_t groups_of(int64_t n) { return (n + GROUP - 1) / GROUP; }
-INLINE int64_t tile_bytes(int64_t n, const int bits) { return groups_of(n) * BYTES(bits); }
+INLINE int64_t unit_bytes(int64_t n, const int bits) { return groups_of(n) * TOGETHER * BYTES(bits); }
+
+// Codes and scales of a unit's group g; those of its r-th tile are r BYTES and r TILE on.
+INLINE const char *codes_of(const Map *map, int64_t n, int64_t unit, int64_t g, const int bits) {
+    return map->w + (unit * groups_of(n) + g) * TOGETHER * BYTES(bits);
+}
+INLINE const uint16_t *scales_of(const Map *map, int64_t n, int64_t unit, int64_t g) {
+    return (const uint16_t *)map->s + (unit * groups_of(n) + g) * UNIT;
+}
 
 INLINE float from_half(uint16_t h) {
 #ifdef __F16C__
@@ -56,13 +66,14 @@ INLINE vf column(const char *w, int k, int first, const int bits) {
     return (vf)((vu)__builtin_convertvector((vi)(v & 127), vf) | (v & 128) << 24);
 }
 
-// acc[R][M] = one of R tiles' `PARTS` of a group times M rows of x [GROUP][M], in float32.
-INLINE void products_f32(const char *const *w, const float *x, int part, vf *acc, const int R, const int M, const int bits) {
+// acc[TOGETHER][M] = one of a unit's tiles' `PARTS` of a group times M rows of x [GROUP][M], in float32.
+INLINE void products_f32(const char *w, const float *x, int part, vf *acc, const int M, const int bits) {
+    const int R = TOGETHER;
     for (int i = 0; i < R * M; i++) acc[i] = splat(0);
 #pragma GCC unroll 32
     for (int k = 0; k < GROUP; k++) {
-        vf v[2];
-        for (int r = 0; r < R; r++) v[r] = column(w[r], k, part * W, bits);
+        vf v[TOGETHER];
+        for (int r = 0; r < R; r++) v[r] = column(w + r * BYTES(bits), k, part * W, bits);
         for (int i = 0; i < M; i++) {
             const vf y = splat(x[k * M + i]);
             for (int r = 0; r < R; r++) acc[r * M + i] += v[r] * y;

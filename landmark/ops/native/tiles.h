@@ -1,10 +1,12 @@
 // Linear maps by codes that lie in tiles of 16 rows of W, a lane of a vector a row: sums never leave their lane, and are
-// added up in the same order whatever the number of rows of x. A file that includes this says below what a tile is.
+// added up in the same order whatever the number of rows of x. TOGETHER tiles whose codes lie side by side are a unit: x is
+// read once for all of them. A file that includes this says below what a unit is.
 #pragma once
 #include "lanes.h"
 #include "maps.h"
 
 #define TILE 16           // rows of W
+#define UNIT (TILE * TOGETHER)
 #define PARTS (TILE / W)  // vectors of floats for a tile
 #define MOST 8            // rows of x at a time
 #ifndef AHEAD
@@ -12,7 +14,7 @@
 #endif
 #define CHUNK 131072      // bytes of codes that stay near while all rows of x pass
 
-INLINE int64_t tiles_of(int64_t rows) { return (rows + TILE - 1) / TILE; }
+INLINE int64_t units_of(int64_t rows) { return (rows + UNIT - 1) / UNIT; }
 
 // y's rows from `row` on and rows of R tiles from number `tile` on, of their sums [R][M][PARTS].
 INLINE void finish(const Map *map, const vf *total, int64_t tile, int64_t row, const int R, const int M, const int half) {
@@ -30,11 +32,9 @@ INLINE void finish(const Map *map, const vf *total, int64_t tile, int64_t row, c
         }
 }
 
-// Fetch the `bytes` of codes that are read AHEAD bytes after those at w, `left` bytes before the end of one of R tiles that
-// are read side by side.
-INLINE void fetch(const char *w, int64_t left, int64_t tile, const int bytes, const int R) {
-    w += AHEAD / R + (left > AHEAD / R ? 0 : (R - 1) * tile);
-    for (int b = 0; b < bytes; b += 64) __builtin_prefetch(w + b, 0, 0);
+// Fetch the `bytes` of codes that are read AHEAD bytes after those at w.
+INLINE void fetch(const char *w, const int bytes) {
+    for (int b = AHEAD; b < AHEAD + bytes; b += 64) __builtin_prefetch(w + b, 0, 0);
 }
 
 #define ROWS_OF(some, run)                                                                                             \
@@ -49,40 +49,29 @@ INLINE void fetch(const char *w, int64_t left, int64_t tile, const int bytes, co
         default: run(MOST);                                                                                            \
     }
 
-// Bytes of a tile of codes, of a packed row of x, and that packing, of COLUMNS of x from the k-th: [MOST rows] at a time.
-INLINE int64_t tile_bytes(int64_t n, const int bits);
+// Bytes of a unit of codes, of a packed row of x, and that packing, of COLUMNS of x from the k-th: [MOST rows] at a time.
+INLINE int64_t unit_bytes(int64_t n, const int bits);
 INLINE int64_t row_bytes(int64_t n, const int half);
 INLINE void pack(const char *x, char *packed, int64_t m, int64_t n, int64_t k, const int bits, const int half);
 
-// R tiles from number `tile` on, times M rows of packed x, which become y's rows from `row` on.
-INLINE void tiles(const Map *map, int64_t n, const char *x, int64_t tile, int64_t row, const int R, const int M, const int bits,
+// Units [from, to) times M rows of packed x, which become y's rows from `row` on.
+INLINE void units(const Map *map, int64_t n, const char *x, int64_t from, int64_t to, int64_t row, const int M, const int bits,
                   const int half);
-
-// Tiles [from, to); from three rows of x on, TOGETHER at a time: x is read less often, and more sums are under way.
-INLINE void some_tiles(const Map *map, int64_t n, const char *x, int64_t from, int64_t to, int64_t row, const int M, const int bits,
-                       const int half) {
-    if (M > 2)
-#pragma GCC unroll 1
-        for (; from + TOGETHER <= to; from += TOGETHER) tiles(map, n, x, from, row, TOGETHER, M, bits, half);
-#pragma GCC unroll 1
-    for (; from < to; from++) tiles(map, n, x, from, row, 1, M, bits, half);
-}
 
 INLINE void part(const Map *map, const char *packed, int64_t m, int64_t n, int64_t from, int64_t to, const int bits,
                  const int half) {
-    const int64_t near = m > MOST ? MAX(2, CHUNK / tile_bytes(n, bits) / 2 * 2) : to - from;
+    const int64_t near = m > MOST ? MAX(1, CHUNK / unit_bytes(n, bits)) : to - from;
     for (; from < to; from += near) {
         const char *x = packed;
         for (int64_t row = 0; row < m; row += MOST, x += row_bytes(n, half) * MOST) {
-#define RUN(M) some_tiles(map, n, x, from, MIN(to, from + near), row, M, bits, half)
+#define RUN(M) units(map, n, x, from, MIN(to, from + near), row, M, bits, half)
             ROWS_OF(m - row, RUN)
 #undef RUN
         }
     }
 }
 
-#define UNIT TILE
-// PART(map, packed, m, n, from, to, bits, half): tiles [from, to) times all rows of x.
+// PART(map, packed, m, n, from, to, bits, half): units [from, to) times all rows of x.
 #define TILED(BITS, TYPE, HALF, PART)                                                                                      \
     static int64_t room_##BITS##_##TYPE(int64_t m, int64_t n) { return row_bytes(n, HALF) * m; }                           \
     static void pack_##BITS##_##TYPE(const char *x, char *packed, int64_t m, int64_t n, int64_t k) {                       \
@@ -93,15 +82,15 @@ INLINE void part(const Map *map, const char *packed, int64_t m, int64_t n, int64
     }                                                                                                                      \
     EXPORT_MAPS(BITS##_##TYPE)
 
-// Tile t's rows as numbers -> y, n columns apart.
-INLINE void restore_tile(const Map *map, int64_t n, int64_t t, char *y, const int bits, const int half);
+// Unit u's rows as numbers -> y, n columns apart.
+INLINE void restore_unit(const Map *map, int64_t n, int64_t u, char *y, const int bits, const int half);
 
-// restore_NAME(map, n, from, to, threads): tiles [from, to) as numbers -> y, whose first row is that of the first of them.
+// restore_NAME(map, n, from, to, threads): units [from, to) as numbers -> y, whose first row is that of the first of them.
 #define RESTORED(BITS, TYPE, HALF)                                                                     \
     void restore_##BITS##_##TYPE(const Map *map, int64_t n, int64_t from, int64_t to, int threads) {   \
         _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)")             \
-        for (int64_t t = from; t < to; t++)                                                            \
-            restore_tile(map, n, t, map->y + (t - from) * TILE * n * (HALF ? 2 : 4), BITS, HALF);      \
+        for (int64_t u = from; u < to; u++)                                                            \
+            restore_unit(map, n, u, map->y + (u - from) * UNIT * n * (HALF ? 2 : 4), BITS, HALF);      \
     }
 
 // One row as numbers -> y.

@@ -24,8 +24,7 @@ from ...inference import inference_op
 from ...native import Source
 from ...operator import operator
 from . import exact, reference
-from .exact import TILE
-from .reference import Bits, room
+from .reference import Bits, room, unit
 
 Backend = Literal["reference", "few", "restored"]
 GROUPED, ROUNDED, EXACT = (Source(Path(__file__).with_name(f"{name}.c")) for name in ("grouped", "rounded", "exact"))
@@ -188,8 +187,8 @@ def _restore_kernel(bits: int, dtype: torch.dtype) -> Any:
     return source(bits).function(f"restore_{bits}_{SUFFIX[dtype]}", c_char_p, *[c_int64] * 3, c_int)
 
 
-def _restore_tiles(codes: Tensor, side: Tensor, bits: int, rows: int, y: Tensor, first: int, last: int) -> None:
-    """Tiles [first, last) become y's rows."""
+def _restore_units(codes: Tensor, side: Tensor, bits: int, rows: int, y: Tensor, first: int, last: int) -> None:
+    """Units [first, last) become y's rows."""
     threads = torch.get_num_threads() if codes[0].numel() * (last - first) > ONE_THREAD else 1
     of = _pack(codes.data_ptr(), side.data_ptr(), 0, y.data_ptr(), rows, 0)
     _restore_kernel(bits, y.dtype)(of, y.shape[1], first, last, threads)
@@ -203,7 +202,7 @@ def restore_rows(codes: Tensor, side: Tensor, bits: Bits, ids: Tensor, width: in
 
 
 def _pick(codes: Tensor, side: Tensor, bits: int, ids: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    ids, most = ids.contiguous(), len(codes) * TILE
+    ids, most = ids.contiguous(), len(codes) * unit(bits)
     y = torch.empty(len(ids), width, dtype=dtype)
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < most:
         raise IndexError(f"rows {ids.tolist()} are asked for; there are {most}")
@@ -227,7 +226,7 @@ _picked = inference_op("codes_rows", _pick, _fake_rows)
 @operator("codes_restore")
 def _restore(codes: Tensor, side: Tensor, bits: int, rows: int, width: int, dtype: torch.dtype) -> Tensor:
     y = torch.empty(rows, width, dtype=dtype)
-    _restore_tiles(codes, side, bits, rows, y, 0, len(codes))
+    _restore_units(codes, side, bits, rows, y, 0, len(codes))
     return y
 
 
@@ -238,13 +237,14 @@ def _(codes: Tensor, side: Tensor, bits: int, rows: int, width: int, dtype: torc
 
 def _pieces(codes: Tensor, side: Tensor, bits: int, rows: int, width: int, dtype: torch.dtype) -> Iterator[Piece]:
     """The weight's rows [n, width], some at a time in one piece of memory that stays near, and which they are."""
-    tiles = max(4, PIECE // (TILE * width * dtype.itemsize))
-    space = torch.empty(min(tiles * TILE, rows), width, dtype=dtype)
-    for first in range(0, len(codes), tiles):
-        last = min(first + tiles, len(codes))
-        here = slice(first * TILE, min(rows, last * TILE))
+    high = unit(bits)
+    count = max(2, PIECE // (high * width * dtype.itemsize))
+    space = torch.empty(min(count * high, rows), width, dtype=dtype)
+    for first in range(0, len(codes), count):
+        last = min(first + count, len(codes))
+        here = slice(first * high, min(rows, last * high))
         piece = space[: here.stop - here.start]
-        _restore_tiles(codes, side, bits, rows, piece, first, last)
+        _restore_units(codes, side, bits, rows, piece, first, last)
         yield here, piece
 
 

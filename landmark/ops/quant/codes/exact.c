@@ -23,7 +23,7 @@
 #define PAIR (STEP / 2)
 
 INLINE int64_t steps_of(int64_t n) { return (n + STEP - 1) / STEP; }
-INLINE int64_t tile_bytes(int64_t n, const int bits) { return steps_of(n) * BYTES; }
+INLINE int64_t unit_bytes(int64_t n, const int bits) { return steps_of(n) * BYTES; }
 
 // What stands beside the codes: where each tile's exponents begin and the last one's end, 8 bytes a tile for its table, of
 // which 7 are used, those exponents in the order of the numbers' bytes, and 192 bytes that are read and not used.
@@ -37,7 +37,7 @@ typedef struct {
 #define EARLY (PAIRS ? 3 : 0)  // times 64 numbers are unpacked before they are needed: it takes longer than multiplying those before
 
 INLINE Side side_of(const void *s, int64_t rows) {
-    const int64_t all = tiles_of(rows);
+    const int64_t all = units_of(rows);
     const int32_t *at = s;
     return (Side){at, (const uint8_t *)(at + all + 1), (const uint8_t *)(at + 3 * all + 1)};
 }
@@ -130,11 +130,10 @@ INLINE void step_numbers(const char *w, Bytes table, const uint8_t **next, vu (*
     for (int j = 0; j < GROUPS; j++) numbers(w, j, table, next, v + 2 * j);
 }
 
-INLINE void tiles(const Map *map, int64_t n, const char *x, int64_t tile, int64_t row, const int R, const int M, const int bits,
-                  const int half) {
+INLINE void one(const Map *map, int64_t n, const char *x, int64_t tile, int64_t row, const int M, const int bits, const int half) {
     const Side side = side_of(map->s, map->out);
     const Bytes table = table_of(side, tile);
-    const char *w = map->w + tile * tile_bytes(n, bits);
+    const char *w = map->w + tile * unit_bytes(n, bits);
     const uint8_t *next = side.exponents + side.starts[tile];
     vf acc[MOST * PARTS * 2];
     for (int i = 0; i < M * PARTS * 2; i++) acc[i] = splat(0);
@@ -143,7 +142,7 @@ INLINE void tiles(const Map *map, int64_t n, const char *x, int64_t tile, int64_
 #pragma GCC unroll 1
     for (int64_t g = 1; g <= steps_of(n); g++, w += BYTES) {
         const char *after = g < steps_of(n) ? w + BYTES : w;
-        fetch(w, 0, 0, BYTES, 1);
+        fetch(w, BYTES);
         __builtin_prefetch(next + AHEAD / 16, 0, 0);
 #pragma GCC unroll 8
         for (int j = 0; j < GROUPS; j++) {
@@ -176,7 +175,13 @@ INLINE void tiles(const Map *map, int64_t n, const char *x, int64_t tile, int64_
     }
     vf total[MOST * PARTS];
     for (int i = 0; i < M * PARTS; i++) total[i] = acc[2 * i] + acc[2 * i + 1];
-    finish(map, total, tile, row, R, M, half);
+    finish(map, total, tile, row, 1, M, half);
+}
+
+INLINE void units(const Map *map, int64_t n, const char *x, int64_t from, int64_t to, int64_t row, const int M, const int bits,
+                  const int half) {
+#pragma GCC unroll 1
+    for (; from < to; from++) one(map, n, x, from, row, M, bits, half);
 }
 
 #if PAIRS
@@ -194,7 +199,7 @@ INLINE void tiles(const Map *map, int64_t n, const char *x, int64_t tile, int64_
     }
 
 // sums [R M][2] += R tiles' numbers w [R][DEEP / 2] times M rows of packed x from column `from` on; even and odd pairs
-// of columns apart, as in `tiles`.
+// of columns apart, as in `one`.
 INLINE void block(const __m512i *w, const char *x, __m512 *sums, int64_t from, int64_t pairs, const int R, const int M) {
     __m512 acc[2][2 * MANY];
     for (int i = 0; i < R * M; i++)
@@ -216,7 +221,7 @@ INLINE void block(const __m512i *w, const char *x, __m512 *sums, int64_t from, i
         for (int c = 0; c < 2; c++) sums[2 * i + c] = acc[c][i];
 }
 
-// What `tiles` does, for `rows` rows of packed x. The next columns of W are fetched meanwhile.
+// What `one` does, for `rows` rows of packed x. The next columns of W are fetched meanwhile.
 INLINE void near_rows(const Map *map, int64_t n, const char *x, int64_t tile, int64_t row, int64_t rows, const int R) {
     const int64_t steps = steps_of(n);
     __m512i w[2 * DEEP / 2];
@@ -229,13 +234,13 @@ INLINE void near_rows(const Map *map, int64_t n, const char *x, int64_t tile, in
         const int64_t count = MIN(DEEP / STEP, steps - from);
         for (int r = 0; r < R; r++)
             for (int64_t s = 0; s < count; s++)
-                step_numbers(map->w + (tile + r) * tile_bytes(n, 11) + (from + s) * BYTES, table[r], next + r,
+                step_numbers(map->w + (tile + r) * unit_bytes(n, 11) + (from + s) * BYTES, table[r], next + r,
                              (vu(*)[PARTS])(w + r * DEEP / 2 + s * PAIR));
         for (int64_t i = 0; i < rows; i += MANY) {
             const char *own = x + i * row_bytes(n, 1);
             for (int64_t b = i / MANY * 64; b < count * BYTES; b += (rows + MANY - 1) / MANY * 64)
                 for (int r = 0; r < R; r++)
-                    __builtin_prefetch(map->w + (tile + r) * tile_bytes(n, 11) + (from + count) * BYTES + b, 0, 2);
+                    __builtin_prefetch(map->w + (tile + r) * unit_bytes(n, 11) + (from + count) * BYTES + b, 0, 2);
 #define RUN(M) block(w, own, sums + 2 * R * i, from * STEP, count * PAIR, R, M)
             MANY_OF(rows - i, RUN)
 #undef RUN
@@ -282,10 +287,10 @@ INLINE void put_row(char *y, int64_t at, const bf16 *v, int64_t count, const int
         for (int64_t j = 0; j < count; j++) ((float *)y)[at + j] = widen(v[j]);
 }
 
-INLINE void restore_tile(const Map *map, int64_t n, int64_t t, char *y, const int bits, const int half) {
+INLINE void restore_unit(const Map *map, int64_t n, int64_t t, char *y, const int bits, const int half) {
     const Side side = side_of(map->s, map->out);
     const Bytes table = table_of(side, t);
-    const char *w = map->w + t * tile_bytes(n, bits);
+    const char *w = map->w + t * unit_bytes(n, bits);
     const uint8_t *next = side.exponents + side.starts[t];
     const int64_t rows = MIN(TILE, map->out - t * TILE);
     for (int64_t k = 0; k < n; k += STEP, w += BYTES) {
@@ -310,7 +315,7 @@ INLINE void restore_row(const Map *map, int64_t n, int64_t row, char *y, const i
     const int64_t t = row / TILE, r = row % TILE;
     const Side side = side_of(map->s, map->out);
     const Bytes table = table_of(side, t);
-    const char *w = map->w + t * tile_bytes(n, bits);
+    const char *w = map->w + t * unit_bytes(n, bits);
     const uint8_t *next = side.exponents + side.starts[t];
     for (int64_t k = 0; k < n; k += STEP, w += BYTES) {
         vu v[PAIR][PARTS];
@@ -332,7 +337,7 @@ INLINE uint8_t exponent_of(bf16 v) { return v >> 8 & 127 | v & 128; }
 void tables(const bf16 *w, int32_t *side, int64_t rows, int64_t n, int threads) {
     const Side all = side_of(side, rows);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t t = 0; t < tiles_of(rows); t++) {
+    for (int64_t t = 0; t < units_of(rows); t++) {
         const int64_t own = MIN(rows - t * TILE, TILE) * n;
         int32_t count[256] = {0}, left = own;
         for (int64_t i = 0; i < own; i++) count[exponent_of(w[t * TILE * n + i])]++;
@@ -350,12 +355,12 @@ void tables(const bf16 *w, int32_t *side, int64_t rows, int64_t n, int threads) 
 void encode(const bf16 *w, char *codes, int32_t *side, int64_t rows, int64_t n, int threads) {
     const Side all = side_of(side, rows);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t t = 0; t < tiles_of(rows); t++) {
-        char *step = codes + t * tile_bytes(n, 11);
+    for (int64_t t = 0; t < units_of(rows); t++) {
+        char *step = codes + t * unit_bytes(n, 11);
         uint8_t *next = (uint8_t *)all.exponents + all.starts[t], code[256];
         memset(code, BESIDE, sizeof code);
         for (int c = TABLE - 1; c >= 0; c--) code[all.tables[8 * t + c]] = c;
-        memset(step, 0, tile_bytes(n, 11));
+        memset(step, 0, unit_bytes(n, 11));
         for (int64_t k = 0; k < n; k += STEP, step += BYTES) {
             for (int j = 0; j < GROUPS; j++)
                 for (int i = 0; i < 64; i++) {

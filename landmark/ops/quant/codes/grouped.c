@@ -1,14 +1,12 @@
 // y = x W^T + b for few rows of x and matrices of codes, and those matrices restored. A code is an integer; every 32
-// columns of a row have a scale (float16). Codes lie in tiles of 16 rows, a lane of a vector a row: sums never leave their
-// lane, and are added up in the same order whatever the number of rows of x.
+// columns of a row have a scale (float16).
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 #define PAIRS 1  // bfloat16 products by vdpbf16ps, two columns at a time
 #else
 #define PAIRS 0
 #endif
-#define TOGETHER 2
-#include "columns.h"
 #include "groups.h"
+#include "columns.h"
 
 #if PAIRS
 typedef struct {
@@ -41,13 +39,14 @@ INLINE __m512i pair(const char *w, int p, const Tables *t, const int bits) {
     return p % 2 ? _mm512_unpackhi_epi8(low, signs) : _mm512_unpacklo_epi8(low, signs);
 }
 
-// acc[R][M] = R tiles' group times M rows of packed x.
-INLINE void products(const char *const *w, const char *x, const Tables *t, vf *acc, const int R, const int M, const int bits) {
+// acc[TOGETHER][M] = a unit's group times M rows of packed x.
+INLINE void products(const char *w, const char *x, const Tables *t, vf *acc, const int M, const int bits) {
+    const int R = TOGETHER;
     for (int i = 0; i < R * M; i++) acc[i] = splat(0);
 #pragma GCC unroll 16
     for (int p = 0; p < GROUP / 2; p++) {
-        __m512i v[2];
-        for (int r = 0; r < R; r++) v[r] = pair(w[r], p, t, bits);
+        __m512i v[TOGETHER];
+        for (int r = 0; r < R; r++) v[r] = pair(w + r * BYTES(bits), p, t, bits);
         for (int i = 0; i < M; i++) {
             int32_t both;
             memcpy(&both, x + (p * M + i) * 4, 4);
@@ -58,36 +57,37 @@ INLINE void products(const char *const *w, const char *x, const Tables *t, vf *a
 }
 #endif
 
-INLINE void tiles(const Map *map, int64_t n, const char *x, int64_t tile, int64_t row, const int R, const int M, const int bits,
+INLINE void units(const Map *map, int64_t n, const char *x, int64_t from, int64_t to, int64_t row, const int M, const int bits,
                   const int half) {
-    const int64_t groups = groups_of(n);
-    const char *w[2];
-    const uint16_t *s[2];
-    for (int r = 0; r < R; r++) w[r] = map->w + (tile + r) * groups * BYTES(bits), s[r] = (const uint16_t *)map->s + (tile + r) * groups * TILE;
-    vf total[2 * MOST * PARTS], acc[2 * MOST];
-    for (int i = 0; i < R * M * PARTS; i++) total[i] = splat(0);
+    const char *w = codes_of(map, n, from, 0, bits);
+    const uint16_t *s = scales_of(map, n, from, 0);
 #if PAIRS
     const Tables t = tables(bits);
 #endif
 #pragma GCC unroll 1
-    for (int64_t g = 0; g < groups; g++) {
-        for (int r = 0; r < R; r++) fetch(w[r], (groups - g) * BYTES(bits), groups * BYTES(bits), BYTES(bits), R);
-        for (int part = 0; part < PARTS; part++) {
+    for (; from < to; from++) {
+        const char *own = x;
+        vf total[TOGETHER * MOST * PARTS], acc[TOGETHER * MOST];
+        for (int i = 0; i < TOGETHER * M * PARTS; i++) total[i] = splat(0);
+#pragma GCC unroll 1
+        for (int64_t g = groups_of(n); g > 0; g--, w += TOGETHER * BYTES(bits), s += UNIT) {
+            fetch(w, TOGETHER * BYTES(bits));
+            for (int part = 0; part < PARTS; part++) {
 #if PAIRS
-            if (half)
-                products(w, x, &t, acc, R, M, bits);
-            else
+                if (half)
+                    products(w, own, &t, acc, M, bits);
+                else
 #endif
-                products_f32(w, (const float *)x, part, acc, R, M, bits);
-            for (int r = 0; r < R; r++) {
-                const vf scale = scales(s[r] + part * W);
-                for (int i = 0; i < M; i++) total[(r * M + i) * PARTS + part] += acc[r * M + i] * scale;
+                    products_f32(w, (const float *)own, part, acc, M, bits);
+                for (int r = 0; r < TOGETHER; r++) {
+                    const vf scale = scales(s + r * TILE + part * W);
+                    for (int i = 0; i < M; i++) total[(r * M + i) * PARTS + part] += acc[r * M + i] * scale;
+                }
             }
+            own += GROUP * M * (half && PAIRS ? 2 : 4);
         }
-        for (int r = 0; r < R; r++) w[r] += BYTES(bits), s[r] += TILE;
-        x += GROUP * M * (half && PAIRS ? 2 : 4);
+        finish(map, total, from * TOGETHER, row, TOGETHER, M, half);
     }
-    finish(map, total, tile, row, R, M, half);
 }
 
 TILED(4, f32, 0, part)
@@ -113,11 +113,11 @@ INLINE void restore(const char *w, const uint16_t *s, char *y, int64_t rows, int
         }
 }
 
-INLINE void restore_tile(const Map *map, int64_t n, int64_t t, char *y, const int bits, const int half) {
-    const int64_t groups = groups_of(n);
-    for (int64_t g = 0; g < groups; g++)
-        restore(map->w + (t * groups + g) * BYTES(bits), (const uint16_t *)map->s + (t * groups + g) * TILE, y + g * GROUP * (half ? 2 : 4),
-                map->out - t * TILE, n - g * GROUP, n, bits, half);
+INLINE void restore_unit(const Map *map, int64_t n, int64_t u, char *y, const int bits, const int half) {
+    for (int64_t g = 0; g < groups_of(n); g++)
+        for (int r = 0; r < TOGETHER; r++)
+            restore(codes_of(map, n, u, g, bits) + r * BYTES(bits), scales_of(map, n, u, g) + r * TILE,
+                    y + (r * TILE * n + g * GROUP) * (half ? 2 : 4), map->out - u * UNIT - r * TILE, n - g * GROUP, n, bits, half);
 }
 
 RESTORED(4, f32, 0)
@@ -126,18 +126,18 @@ RESTORED(8, f32, 0)
 RESTORED(8, bf16, 1)
 
 INLINE void restore_row(const Map *map, int64_t n, int64_t row, char *y, const int bits, const int half) {
-    const int64_t t = row / TILE, r = row % TILE;
-    const char *w = map->w + t * tile_bytes(n, bits);
-    const uint16_t *s = (const uint16_t *)map->s + t * groups_of(n) * TILE + r;
+    const int64_t u = row / UNIT, t = row % UNIT / TILE, r = row % TILE;
     for (int64_t k = 0; k < n; k++) {
+        const char *w = codes_of(map, n, u, k / GROUP, bits) + t * BYTES(bits);
+        const int c = k % GROUP;
         int number;
         if (bits == 4)
-            number = (w[k / 8 * 64 + r * 4 + k % 2 * 2 + k % 8 / 4] >> k % 4 / 2 * 4 & 15) - 8;
+            number = (w[c / 8 * 64 + r * 4 + c % 2 * 2 + c % 8 / 4] >> c % 4 / 2 * 4 & 15) - 8;
         else {
-            const char own = w[k / 4 * 64 + r / 4 * 16 + k % 4 / 2 * 8 + r % 4 * 2 + k % 2];
+            const char own = w[c / 4 * 64 + r / 4 * 16 + c % 4 / 2 * 8 + r % 4 * 2 + c % 2];
             number = own & 128 ? -(own & 127) : own & 127;
         }
-        put(y, k, (float)number * from_half(s[k / GROUP * TILE]), half);
+        put(y, k, (float)number * from_half(scales_of(map, n, u, k / GROUP)[t * TILE + r]), half);
     }
 }
 

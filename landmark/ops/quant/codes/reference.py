@@ -2,7 +2,8 @@
 
 codes are uint8 [tiles, ...]; what they need besides is `side`. Rows and columns are padded with zeros. `exact` says how
 bfloat16 is kept in 11 bits. Here are integers of 4 or 8 bits with a float16 scale for every 32 columns of a row,
-w = scale * integer: codes [tiles, groups, 64 * bits], side (scales, as int16) [tiles, groups, 16].
+w = scale * integer, and two tiles lie side by side: codes [pairs of tiles, groups, 2, 64 * bits], side (scales, as
+int16) [pairs of tiles, groups, 2, 16].
 
 4 bits, -8 to 7, are kept plus 8. Of a tile's four times 64 bytes each is for eight columns, and a row's are four bytes
 in a row: the even columns in the low two, from the low bits on, the odd ones in the high two. 8 bits, -127 to 127, are
@@ -23,7 +24,7 @@ from .exact import TILE
 
 Bits = Literal[4, 8, 11]
 GROUP = 32
-TILES_AT_ONCE = 256  # which bounds the memory that encoding takes
+PAIRS_AT_ONCE = 128  # which bounds the memory that encoding takes
 
 
 class Room(NamedTuple):
@@ -38,8 +39,13 @@ def room(rows: int, width: int, bits: Bits) -> Room:
     """What a matrix [rows, width] is kept in."""
     if bits == 11:
         return Room(exact.codes_shape(rows, width), exact.side_shape(rows, width), torch.int32)
-    tiles, groups = -(-rows // TILE), -(-width // GROUP)
-    return Room((tiles, groups, 64 * bits), (tiles, groups, TILE), torch.int16)
+    pairs, groups = -(-rows // (2 * TILE)), -(-width // GROUP)
+    return Room((pairs, groups, 2, 64 * bits), (pairs, groups, 2, TILE), torch.int16)
+
+
+def unit(bits: int) -> int:
+    """Rows whose codes lie together."""
+    return TILE if bits == 11 else 2 * TILE
 
 
 def encode(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
@@ -50,29 +56,30 @@ def encode(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
     found = room(rows, width, bits)
     codes = torch.empty(found.codes, dtype=torch.uint8, device=weight.device)
     side = torch.empty(found.side, dtype=found.side_type, device=weight.device)
-    for first in range(0, len(codes), TILES_AT_ONCE):
-        here = slice(first, first + TILES_AT_ONCE)
-        codes[here], scales = quantise(weight[first * TILE : (first + TILES_AT_ONCE) * TILE], bits)
-        side[here] = scales.view(torch.int16)
+    for first in range(0, len(codes), PAIRS_AT_ONCE):
+        here = slice(first, first + PAIRS_AT_ONCE)
+        numbers, scales = quantise(weight[2 * TILE * here.start : 2 * TILE * here.stop], bits)
+        codes[here] = pack(numbers, bits).unflatten(0, (-1, 2)).transpose(1, 2)
+        side[here] = scales.view(torch.int16).unflatten(0, (-1, 2)).transpose(1, 2)
     return codes, side
 
 
 def quantise(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
-    """weight [rows, width] -> codes and scales (float16): rounding to the nearest.
+    """weight [rows, width] -> integers [tiles, groups, 16, 32], of an even number of tiles, and scales (float16)
+    [tiles, groups, 16]: rounding to the nearest.
 
     The number of largest magnitude in a group decides its scale: for 4 bits it becomes -8, as there is one more
     negative number than positive ones.
     """
     rows, width = weight.shape
-    tiles, columns, _ = room(rows, width, bits).codes
-    whole = F.pad(weight.float(), (0, columns * GROUP - width, 0, tiles * TILE - rows))
-    groups = whole.unflatten(1, (columns, GROUP)).unflatten(0, (tiles, TILE)).transpose(1, 2)
+    whole = F.pad(weight.float(), (0, -width % GROUP, 0, -rows % (2 * TILE)))
+    groups = whole.unflatten(1, (-1, GROUP)).unflatten(0, (-1, TILE)).transpose(1, 2)
     lowest, highest = groups.aminmax(dim=3)
     extreme = torch.where(-lowest >= highest, lowest, highest)
     scales = (extreme / (-8 if bits == 4 else 127)).to(torch.float16)
     ratio = torch.where(scales == 0, 0, 1 / scales.float())
     numbers = (groups * ratio[..., None]).round_().clamp_(-8 if bits == 4 else -127, 7 if bits == 4 else 127)
-    return pack(numbers, bits), scales
+    return numbers, scales
 
 
 def pack(numbers: Tensor, bits: Bits) -> Tensor:
@@ -98,7 +105,7 @@ def restore(codes: Tensor, side: Tensor, bits: Bits, rows: int, width: int, dtyp
     """The weight [rows, width] that codes and side stand for."""
     if bits == 11:
         return exact.decode(codes, side, rows, width).to(dtype)
-    groups = unpack(codes, bits) * _scales(side)[..., None]
+    groups = unpack(_tiles(codes), bits) * _scales(_tiles(side))[..., None]
     return groups.transpose(1, 2).flatten(2).flatten(0, 1)[:rows, :width].to(dtype)
 
 
@@ -106,15 +113,22 @@ def restore_rows(codes: Tensor, side: Tensor, bits: Bits, ids: Tensor, width: in
     """Rows `ids` [n] of the weight, [n, width]."""
     if bits == 11:
         return exact.decode_rows(codes, side, ids, width).to(dtype)
-    tile, row = ids // TILE, ids % TILE
+    pair, which, row = ids // (2 * TILE), ids % (2 * TILE) // TILE, ids % TILE
+    codes, side = codes[pair, :, which], side[pair, :, which, row]
+    at = torch.arange(len(ids), device=ids.device)
     if bits == 4:
-        found = codes.unflatten(2, (4, TILE, 4))[tile, :, :, row]  # [n, groups, 4, 4]
+        found = codes.unflatten(2, (4, TILE, 4))[at, :, :, row]  # [n, groups, 4, 4]
         parts = found.unflatten(3, (2, 2)).transpose(3, 4)
         numbers = torch.stack([parts & 15, parts >> 4], 4).flatten(2).float() - 8
     else:
-        found = codes.unflatten(2, (8, 4, 2, 4, 2))[tile, :, :, row // 4, :, row % 4].flatten(2)
+        found = codes.unflatten(2, (8, 4, 2, 4, 2))[at, :, :, row // 4, :, row % 4].flatten(2)
         numbers = (found & 127).float() * (1 - (found >> 7).float() * 2)
-    return (numbers * _scales(side[tile, :, row])[..., None]).flatten(1)[:, :width].to(dtype)
+    return (numbers * _scales(side)[..., None]).flatten(1)[:, :width].to(dtype)
+
+
+def _tiles(held: Tensor) -> Tensor:
+    """[pairs, groups, 2, ..] -> [tiles, groups, ..]."""
+    return held.transpose(1, 2).flatten(0, 1)
 
 
 def _scales(side: Tensor) -> Tensor:

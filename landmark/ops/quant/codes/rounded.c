@@ -1,6 +1,5 @@
 // y = x W^T + b by matrices of codes, where x is rounded to 8 bits with a scale for every 32 of its columns: products of
 // integers, which are exact, so that neither the number of rows of x nor the processor changes a bit of the sums of a group.
-#define TOGETHER 2
 #include "groups.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -41,9 +40,10 @@ INLINE __m512i quad(const char *w, int p, const int bits) {
     return _mm512_mask_sub_epi8(_mm512_or_si512(size, one), _mm512_movepi8_mask(v), one, size);
 }
 
-// acc[R][M] = R tiles' group times M rows of packed x.
-INLINE void products(const char *const *w, const char *x, vf *acc, const int R, const int M, const int bits) {
-    __m512i sum[2 * MOST];
+// acc[TOGETHER][M] = a unit's group times M rows of packed x.
+INLINE void products(const char *w, const char *x, vf *acc, const int M, const int bits) {
+    const int R = TOGETHER;
+    __m512i sum[TOGETHER * MOST];
     const char *start = x + GROUP * M;
     for (int i = 0; i < M; i++) {
         int32_t first;
@@ -52,8 +52,8 @@ INLINE void products(const char *const *w, const char *x, vf *acc, const int R, 
     }
 #pragma GCC unroll 8
     for (int p = 0; p < GROUP / 4; p++) {
-        __m512i v[2];
-        for (int r = 0; r < R; r++) v[r] = quad(w[r], p, bits);
+        __m512i v[TOGETHER];
+        for (int r = 0; r < R; r++) v[r] = quad(w + r * BYTES(bits), p, bits);
         for (int i = 0; i < M; i++) {
             int32_t four;
             memcpy(&four, x + (p * M + i) * 4, 4);
@@ -65,33 +65,34 @@ INLINE void products(const char *const *w, const char *x, vf *acc, const int R, 
 }
 #endif
 
-INLINE void tiles(const Map *map, int64_t n, const char *x, int64_t tile, int64_t row, const int R, const int M, const int bits,
+INLINE void units(const Map *map, int64_t n, const char *x, int64_t from, int64_t to, int64_t row, const int M, const int bits,
                   const int half) {
-    const int64_t groups = groups_of(n);
-    const char *w[2];
-    const uint16_t *s[2];
-    for (int r = 0; r < R; r++) w[r] = map->w + (tile + r) * groups * BYTES(bits), s[r] = (const uint16_t *)map->s + (tile + r) * groups * TILE;
-    vf total[2 * MOST * PARTS], acc[2 * MOST];
-    for (int i = 0; i < R * M * PARTS; i++) total[i] = splat(0);
+    const char *w = codes_of(map, n, from, 0, bits);
+    const uint16_t *s = scales_of(map, n, from, 0);
 #pragma GCC unroll 1
-    for (int64_t g = 0; g < groups; g++, x += SPAN * M) {
-        for (int r = 0; r < R; r++) fetch(w[r], (groups - g) * BYTES(bits), groups * BYTES(bits), BYTES(bits), R);
-        float scale[MOST];
-        memcpy(scale, x + (SPAN - 4) * M, M * 4);
-        for (int part = 0; part < PARTS; part++) {
+    for (; from < to; from++) {
+        const char *own = x;
+        vf total[TOGETHER * MOST * PARTS], acc[TOGETHER * MOST];
+        for (int i = 0; i < TOGETHER * M * PARTS; i++) total[i] = splat(0);
+#pragma GCC unroll 1
+        for (int64_t g = groups_of(n); g > 0; g--, own += SPAN * M, w += TOGETHER * BYTES(bits), s += UNIT) {
+            fetch(w, TOGETHER * BYTES(bits));
+            float by[MOST];
+            memcpy(by, own + (SPAN - 4) * M, M * 4);
+            for (int part = 0; part < PARTS; part++) {
 #if QUADS
-            products(w, x, acc, R, M, bits);
+                products(w, own, acc, M, bits);
 #else
-            products_f32(w, (const float *)x, part, acc, R, M, bits);
+                products_f32(w, (const float *)own, part, acc, M, bits);
 #endif
-            for (int r = 0; r < R; r++) {
-                const vf own = scales(s[r] + part * W);
-                for (int i = 0; i < M; i++) total[(r * M + i) * PARTS + part] += acc[r * M + i] * (own * scale[i]);
+                for (int r = 0; r < TOGETHER; r++) {
+                    const vf scale = scales(s + r * TILE + part * W);
+                    for (int i = 0; i < M; i++) total[(r * M + i) * PARTS + part] += acc[r * M + i] * (scale * by[i]);
+                }
             }
         }
-        for (int r = 0; r < R; r++) w[r] += BYTES(bits), s[r] += TILE;
+        finish(map, total, from * TOGETHER, row, TOGETHER, M, half);
     }
-    finish(map, total, tile, row, R, M, half);
 }
 
 // 32 columns of a row of x from the k-th, rounded, to q; where their sum with W's begins, and their scale.
