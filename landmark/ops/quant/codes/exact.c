@@ -362,13 +362,16 @@ void encode(const bf16 *w, char *codes, int32_t *side, int64_t rows, int64_t n, 
         for (int c = TABLE - 1; c >= 0; c--) code[all.tables[8 * t + c]] = c;
         memset(step, 0, unit_bytes(n, 11));
         for (int64_t k = 0; k < n; k += STEP, step += BYTES) {
+            const int64_t down = MIN(TILE, rows - t * TILE), across = MIN(STEP, n - k);
+            bf16 near[TILE][STEP];
+            for (int r = 0; r < down; r++) memcpy(near[r], w + (t * TILE + r) * n + k, across * 2);
             for (int j = 0; j < GROUPS; j++)
                 for (int i = 0; i < 64; i++) {
-                    const int64_t row = t * TILE + i / 16 * 4 + i / 2 % 4, column = k + 4 * j + i / 8 % 2 * 2 + i % 2;
-                    if (row >= rows || column >= n) continue;
-                    const bf16 v = w[row * n + column];
-                    const int own = code[exponent_of(v)];
-                    if (own == BESIDE) *next++ = exponent_of(v);
+                    const int row = i / 16 * 4 + i / 2 % 4, column = 4 * j + i / 8 % 2 * 2 + i % 2;
+                    if (row >= down || column >= across) continue;
+                    const bf16 v = near[row][column];
+                    const int exponent = exponent_of(v), own = code[exponent];
+                    if (own == BESIDE) *next++ = exponent;
                     step[j / 4 * 64 + i] |= (own & 3) << 2 * (j % 4);
                     step[128 + 8 * j + i / 8] |= own >> 2 << i % 8;
                     step[192 + 64 * j + i] = v >> 8 & 128 | v & 127;
