@@ -218,7 +218,11 @@ def measured(places: Places, pair: Pair, measures: Sequence[str], vocab: int, ro
         if alike < pair.cosine:
             raise RuntimeError(f"{pair.name} beside {pair.rival}: the logits' cosine is {alike:.4f}, not {pair.cosine}")
         head = {"rival": pair.rival, "bits": pair.name, "cosine": alike}
-        return [head | {"measure": m} | compare(ours, theirs, m, vocab, rounds, draw) for m in measures]
+        rows = []
+        for m in measures:
+            rows.append(head | {"measure": m} | compare(ours, theirs, m, vocab, rounds, draw))
+            print("{rival} {bits} {measure}: {ours_tokens_s:.4g} / {theirs_tokens_s:.4g} tokens/s, {ratio:.3g}".format(**rows[-1]), file=sys.stderr)  # noqa: E501
+        return rows
 
 
 def memory(places: Places, program: str, weights: str, vocab: int) -> dict[str, Any]:

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import products
 from . import cpu, reference
 
-Backend = Literal["reference", "torch", "skinny", "onednn"]
+Backend = Literal["reference", "torch", "skinny", "onednn", "widened"]
 
 
 def why_not(backend: Backend, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
@@ -20,8 +21,10 @@ def why_not(backend: Backend, x: Tensor, weight: Tensor, bias: Tensor | None = N
         return cpu.why_not_skinny(x, weight, bias)
     if backend == "onednn":
         return cpu.why_not_onednn(x, weight, bias)
+    if backend == "widened":
+        return cpu.why_not_widened(x, weight, bias)
     if backend not in ("reference", "torch"):
-        raise ValueError(f"unknown backend {backend!r}: use 'reference', 'torch', 'skinny' or 'onednn'")
+        raise ValueError(f"unknown backend {backend!r}: use 'reference', 'torch', 'skinny', 'onednn' or 'widened'")
     return None
 
 
@@ -43,6 +46,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: Ba
             and cpu.why_not_onednn(x, weight, bias) is None
         ):
             return cpu.onednn(x, weight, bias)
+        if (
+            products.EMULATED
+            and x.numel() * weight.shape[0] >= cpu.MIN_WIDENED
+            and cpu.why_not_widened(x, weight, bias) is None
+        ):
+            return cpu.widened(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -58,6 +67,7 @@ _RUN: dict[Backend, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "torch": F.linear,
     "skinny": cpu.skinny,
     "onednn": cpu.onednn,
+    "widened": cpu.widened,
 }
 
 __all__ = ["Backend", "linear", "linears", "reference", "why_not"]

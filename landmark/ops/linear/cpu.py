@@ -1,4 +1,5 @@
-"""Linear maps on the processor: `skinny` for few rows at memory speed, `onednn` for float32 products.
+"""Linear maps on the processor: `skinny` for few rows at memory speed, `onednn` for float32 products, `widened` for
+those of bfloat16 where the processor has none.
 
 `skinny` reads the weight once, in order, on all threads, for up to 16 rows. `onednn` calls the product that torch keeps
 for its compiler: the float32 product of F.linear is MKL's, which leaves AVX-512 unused where Intel did not make the
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .. import products
 from ..inference import inference_op
 from ..native import Source, processor
 from ..operator import operator
@@ -28,6 +30,7 @@ MAX_ROWS = 16  # beyond them the matrix product is as fast
 ONE_THREAD = 2**17  # bytes of weight that a second thread would not read any sooner
 MIN_PRODUCT = 2**21  # rows x in x out from which oneDNN's set-up pays
 _pack = Struct("4P2q").pack  # maps.h's Map
+MIN_WIDENED = 2**18  # the same from which widening does
 ONEDNN = torch.backends.mkldnn.is_available() and "mkldnn::_linear_pointwise" in torch._C._dispatch_get_all_op_names()
 ONEDNN_IS_FASTER = ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512" and "GenuineIntel" not in processor()
 
@@ -67,6 +70,15 @@ def why_not_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None
     if x.numel() == 0 or weight.numel() == 0:
         return "it takes no empty tensors"
     return None if ONEDNN else "this torch has no oneDNN linear"
+
+
+def why_not_widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """None if `widened` can run, else why not."""
+    if (reason := _why_not_plain(x, weight, bias)) is not None:
+        return reason
+    if weight.dtype != torch.bfloat16:
+        return f"it takes bfloat16, not {weight.dtype}"
+    return None if products.EMULATED else "this processor has products of bfloat16"
 
 
 def _why_not_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -143,3 +155,26 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 onednn.register_autograd(_backward, setup_context=_setup)
+
+
+@operator("linear_widened")
+def widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., in], weight [out, in] of any strides, bfloat16; differentiable."""
+    return products.mm(x.flatten(0, -2), weight.mT, bias).view(_fake(x, weight, bias).shape)
+
+
+widened.register_fake(_fake)
+
+
+def _widened_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    need_x, need_weight, need_bias = ctx.needs_input_grad
+    rows = grad.flatten(0, -2)
+    return (
+        widened(grad, weight.mT, None) if need_x else None,
+        widened(rows.mT, x.flatten(0, -2).mT, None) if need_weight else None,
+        rows.sum(0) if need_bias else None,
+    )
+
+
+widened.register_autograd(_widened_backward, setup_context=_setup)

@@ -8,30 +8,23 @@
 #else
 #define PAIRS 0
 #endif
-#define SIZE(half) ((half) ? 2 : 4)             // bytes of an element
-#define LANES(half) ((half) && PAIRS ? 32 : W)  // columns that a vector of W or of packed x holds
+#define SIZE(half) ((half) ? 2 : 4)                       // bytes of an element
+#define LANES(half) ((half) ? 2 * W : W)                  // columns that a vector of W holds
+#define PASSES(half) ((half) && !PAIRS ? 2 : 1)           // vectors of packed x for them: as W has them, or floats, the even columns first
+#define EACH(half) (PASSES(half) * (int64_t)sizeof(vf))   // their bytes
 #define SPAN 128     // columns that one step of the inner loop takes
 #define ROWS 32      // rows of W that share a block of columns, where x needs blocks; else half as many
-#define MOST 8       // rows of x at a time
+#define MOST (W == 16 ? 8 : 4)  // rows of x at a time, by the number of registers
+#define SUMS (MOST * 3)         // the most of them times rows of W, see `together`
+#define ALL 16                  // the most rows of x
 #define CACHE 28672  // bytes of x that the first-level cache holds beside W's stream
 #define BLOCK 16384  // bytes of x in a block of columns, if all of it is more than CACHE
 #define AHEAD 8192   // bytes to prefetch ahead where W is read in order: once, so into the nearest cache alone
 
-// Vector number u of the span of W at w.
-INLINE vf weights(const char *w, int u, const int half) {
-    if (!(half && PAIRS)) return load(w, u * W, half);
+INLINE vf vector(const char *p) {
     vf v;
-    memcpy(&v, w + u * sizeof v, sizeof v);
+    memcpy(&v, p, sizeof v);
     return v;
-}
-
-INLINE vf dot(vf w, const char *x, vf acc, const int half) {
-    vf v;
-    memcpy(&v, x, sizeof v);
-#if PAIRS
-    if (half) return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)v);
-#endif
-    return acc + w * v;
 }
 
 typedef struct {  // where some rows of W go on
@@ -39,18 +32,36 @@ typedef struct {  // where some rows of W go on
     int64_t wide, ahead;  // bytes to the next row, and to what is prefetched
 } Rows;
 
-// Adds vector u of R rows of W times M rows of x, of which packed x has m, to acc[R][M].
+// Adds vector u of R rows of W times M rows of x, of which packed x has m, to acc[R][M]: where bfloat16 is widened, the even
+// columns before the odd ones, so that one register a row of W will do.
 INLINE void step(Rows at, const char *x, vf *acc, int u, const int R, const int M, const int half) {
-    vf v[4];
-    for (int r = 0; r < R; r++) v[r] = weights(at.w + r * at.wide, u, half);
-    for (int i = 0; i < M; i++)
-        for (int r = 0; r < R; r++) acc[r * M + i] = dot(v[r], x + i * sizeof(vf), acc[r * M + i], half);
+#pragma GCC unroll 2
+    for (int p = 0; p < PASSES(half); p++) {
+        vf v[4];
+        for (int r = 0; r < R; r++) {
+            v[r] = vector(at.w + r * at.wide + u * sizeof(vf));
+            if (PASSES(half) == 2) v[r] = (vf)(p ? (vu)v[r] & 0xffff0000 : (vu)v[r] << 16);
+        }
+        for (int i = 0; i < M; i++)
+            for (int r = 0; r < R; r++) {
+                const vf y = vector(x + (i * PASSES(half) + p) * sizeof(vf));
+#if PAIRS
+                if (half) {
+                    acc[r * M + i] = (vf)_mm512_dpbf16_ps((__m512)acc[r * M + i], (__m512bh)v[r], (__m512bh)y);
+                    continue;
+                }
+#endif
+                acc[r * M + i] += v[r] * y;
+            }
+        IN_ORDER;
+    }
 }
 
 // n columns of R rows of W times M rows of packed x, after part[M][ROWS] or, if they are the `first`, from 0 on.
 INLINE void strip(Rows at, const char *x, int64_t m, int64_t n, int first, vf *part, const int R, const int M, const int half) {
     const int lanes = LANES(half);
-    vf acc[3 * MOST];  // [R][M]
+    if (R * M > SUMS) __builtin_unreachable();
+    vf acc[SUMS];  // [R][M]
     for (int i = 0; i < M; i++)
         for (int r = 0; r < R; r++) acc[r * M + i] = first ? splat(0) : part[i * ROWS + r];
 #pragma GCC unroll 1
@@ -58,11 +69,11 @@ INLINE void strip(Rows at, const char *x, int64_t m, int64_t n, int first, vf *p
         for (int r = 0; r < R; r++)
             for (int b = 0; b < SPAN * SIZE(half); b += 64) __builtin_prefetch(at.w + at.ahead + r * at.wide + b, 0, 0);
 #pragma GCC unroll 4
-        for (int u = 0; u < SPAN / lanes; u++, x += m * sizeof(vf)) step(at, x, acc, u, R, M, half);
+        for (int u = 0; u < SPAN / lanes; u++, x += m * EACH(half)) step(at, x, acc, u, R, M, half);
         at.w += SPAN * SIZE(half);
     }
 #pragma GCC unroll 1
-    for (int u = 0; n > 0; u++, n -= lanes, x += m * sizeof(vf)) {
+    for (int u = 0; n > 0; u++, n -= lanes, x += m * EACH(half)) {
         char last[4][64] = {0};
         Rows end = at;
         int v = u;
@@ -76,90 +87,80 @@ INLINE void strip(Rows at, const char *x, int64_t m, int64_t n, int first, vf *p
         for (int r = 0; r < R; r++) part[i * ROWS + r] = acc[r * M + i];
 }
 
-#define FEW 4        // rows of W at a time where they are near, and then the most of x
 #define NEAR 1048576  // bytes of W that are likely to be in a cache
 
-INLINE void few_strips(Rows at, const char *x, int64_t m, int64_t n, int first, vf *part, const int half) {
-    switch (m) {
-        case 1: strip(at, x, m, n, first, part, FEW, 1, half); break;
-        case 2: strip(at, x, m, n, first, part, FEW, 2, half); break;
-        case 3: strip(at, x, m, n, first, part, FEW, 3, half); break;
-        default: strip(at, x, m, n, first, part, FEW, FEW, half);
-    }
+// Rows of W at a time, of `left`, for m rows of x: the more, the less often x is read, and the more sums are under way, which wait
+// for each other; as many as there are registers for them. `blocks`: x does not fit the cache.
+INLINE int together(int64_t m, int64_t left, const int blocks, const int near) {
+    const int four = MOST == 4 ? m <= 2 : near && m <= 4, three = MOST == 4 || (blocks && m >= MOST);
+    if (four && left >= 4) return 4;
+    if (three && left > 2 && left != 4) return 3;
+    return (MOST == 4 || m > 4 || blocks) && left > 1 ? 2 : 1;
 }
 
 INLINE void strips(Rows at, const char *x, int64_t m, int64_t some, int64_t n, int first, vf *part, const int R,
                    const int half) {
-    switch (some) {
-        case 1: strip(at, x, m, n, first, part, R, 1, half); break;
-        case 2: strip(at, x, m, n, first, part, R, 2, half); break;
-        case 3: strip(at, x, m, n, first, part, R, 3, half); break;
-        case 4: strip(at, x, m, n, first, part, R, 4, half); break;
-        case 5: strip(at, x, m, n, first, part, R, 5, half); break;
-        case 6: strip(at, x, m, n, first, part, R, 6, half); break;
-        case 7: strip(at, x, m, n, first, part, R, 7, half); break;
-        default: strip(at, x, m, n, first, part, R, MOST, half);
+#define STRIP(M) strip(at, x, m, n, first, part, R, MIN(M, MOST), half)
+    switch (MIN(some, MOST)) {
+        case 1: STRIP(1); break;
+        case 2: STRIP(2); break;
+        case 3: STRIP(3); break;
+        case 4: STRIP(4); break;
+        case 5: STRIP(5); break;
+        case 6: STRIP(6); break;
+        case 7: STRIP(7); break;
+        default: STRIP(8);
     }
+#undef STRIP
 }
 
-// COLUMNS of x from the k-th, which is packed as [n / lanes][m][lanes], zero-padded: one stream, whatever m. bfloat16 where
-// vdpbf16ps takes it, else float32.
+// COLUMNS of x from the k-th, which is packed as [n / lanes][m][EACH], zero-padded: one stream, whatever m.
 INLINE void pack(const char *x, char *packed, int64_t m, int64_t n, int64_t k, const int half) {
-    const int64_t lanes = LANES(half), each = SIZE(half), end = MIN(n, k + COLUMNS);
-    packed += k / lanes * m * sizeof(vf);
+    const int64_t lanes = LANES(half), end = MIN(n, k + COLUMNS);
+    packed += k / lanes * m * EACH(half);
     for (; k < end; k += lanes)
-        for (int64_t i = 0; i < m; i++, packed += sizeof(vf)) {
-            const int64_t at = i * n + k, count = MIN(lanes, n - k);
-            if (half && !PAIRS) {
-                for (int64_t j = 0; j < count; j++) ((float *)packed)[j] = get(x, at + j, half);
-                for (int64_t j = count; j < lanes; j++) ((float *)packed)[j] = 0;
-            } else {
-                memcpy(packed, x + at * each, count * each);
-                memset(packed + count * each, 0, (lanes - count) * each);
-            }
+        for (int64_t i = 0; i < m; i++, packed += EACH(half)) {
+            vf own = splat(0);
+            memcpy(&own, x + (i * n + k) * SIZE(half), MIN(lanes, n - k) * SIZE(half));
+            const vf parts[2] = {half && !PAIRS ? (vf)((vu)own << 16) : own, (vf)((vu)own & 0xffff0000)};
+            memcpy(packed, parts, EACH(half));
         }
 }
 
 // Columns of W in a block: all if packed x fits the cache.
 INLINE int64_t block(int64_t m, int64_t n, const int half) {
-    const int64_t span = m * SPAN / LANES(half) * (int64_t)sizeof(vf);
+    const int64_t span = m * SPAN / LANES(half) * EACH(half);
     return (n + SPAN - 1) / SPAN * span <= CACHE ? n : MAX(1, BLOCK / span) * SPAN;
 }
 
 // Rows [from, to) of W. All columns of a row in one go if x fits the cache; else `width` columns of ROWS rows, then the next
-// ones. From five rows of x on, two rows of W at a time, and three where x needs blocks and has MOST rows: x is read less
-// often, and more sums are under way; four where W is near, so that sums do not wait for each other.
+// ones.
 INLINE void part(const Map *map, const char *packed, int64_t m, int64_t n, int64_t from, int64_t to, const int half) {
     const int64_t wide = map->wide * SIZE(half), width = block(m, n, half);
     const int64_t most = width < n ? ROWS : ROWS / 2;
-    const int near = m <= FEW && width == n && map->out * wide <= NEAR;
-    vf acc[2 * MOST][ROWS];  // [m][ROWS]
+    const int near = width == n && map->out * wide <= NEAR;
+    vf acc[ALL][ROWS];  // [m][ROWS]
     for (int64_t o = from; o < to; o += most) {
         const int64_t rows = MIN(most, to - o);
         for (int64_t i = 0; i < m && rows % W; i++)
             for (int64_t r = rows; r % W; r++) acc[i][r] = splat(0);  // lanes that no row has
         for (int64_t k = 0; k < n; k += width)
-            for (int64_t r = 0; r < rows;) {
-                const int64_t left = rows - r;
-                if (near && left >= FEW) {
-                    few_strips((Rows){map->w + (o + r) * wide, wide, AHEAD}, packed, m, n, 1, acc[0] + r, half);
-                    r += FEW;
-                    continue;
-                }
-                const int R = width < n && m >= MOST && left > 2 && left != 4 ? 3 : (m > 4 || width < n) && left > 1 ? 2 : 1;
+            for (int64_t r = 0, R; r < rows; r += R) {
+                R = together(m, rows - r, width < n, near);
                 const int64_t far = o * wide + (k + width) * SIZE(half);  // where the next block of columns begins
                 Rows at = {map->w + (o + r) * wide + k * SIZE(half), wide, AHEAD};
                 if (width < n) at.ahead = r + R < rows || k + width >= n ? R * wide : map->w + far - at.w;
                 for (int64_t i = 0; i < m; i += MOST) {
-                    const char *x = packed + (k / LANES(half) * m + i) * sizeof(vf);
-                    if (R == 3)
-                        strips(at, x, m, m - i, MIN(width, n - k), k == 0, acc[i] + r, 3, half);
-                    else if (R == 2)
-                        strips(at, x, m, m - i, MIN(width, n - k), k == 0, acc[i] + r, 2, half);
-                    else
-                        strips(at, x, m, m - i, MIN(width, n - k), k == 0, acc[i] + r, 1, half);
+                    const char *x = packed + k / LANES(half) * m * EACH(half) + i * EACH(half);
+#define STRIPS(R) strips(at, x, m, m - i, MIN(width, n - k), k == 0, acc[i] + r, R, half)
+                    switch (R) {
+                        case 1: STRIPS(1); break;
+                        case 2: STRIPS(2); break;
+                        case 3: STRIPS(3); break;
+                        default: STRIPS(4);
+                    }
+#undef STRIPS
                 }
-                r += R;
             }
         for (int64_t i = 0; i < m; i++)
             for (int64_t r = 0; r < rows; r += W) {
@@ -178,7 +179,7 @@ INLINE void part(const Map *map, const char *packed, int64_t m, int64_t n, int64
 
 #define UNIT 1
 #define KIND(TYPE, HALF)                                                                                                   \
-    static int64_t room_##TYPE(int64_t m, int64_t n) { return (n + LANES(HALF) - 1) / LANES(HALF) * m * sizeof(vf); }      \
+    static int64_t room_##TYPE(int64_t m, int64_t n) { return (n + LANES(HALF) - 1) / LANES(HALF) * m * EACH(HALF); }      \
     static void pack_##TYPE(const char *x, char *packed, int64_t m, int64_t n, int64_t k) { pack(x, packed, m, n, k, HALF); } \
     static void part_##TYPE(const Map *map, const char *packed, int64_t m, int64_t n, int64_t from, int64_t to) {          \
         part(map, packed, m, n, from, to, HALF);                                                                           \

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..linear.cpu import MIN_PRODUCT, ONEDNN_IS_FASTER, onednn
+from ..products import mm, widened
 from . import cpu
 from .reference import Head
 
@@ -74,25 +75,20 @@ class Gradients:
         """g [n, V] is the gradient of the logits of hidden [n, D], rows at `index`; `first` if none before."""
         fast = through_onednn(weight)
         if self.needs[0]:
-            self.hidden[index] = onednn(g, weight.mT, None) if fast else g @ weight
+            self.hidden[index] = onednn(g, weight.mT, None) if fast else mm(g, weight)
         if self.needs[1]:
             if fast:
                 product = onednn(hidden.mT, g.mT, None).mT
                 self.weight = product if first else self.weight.add_(product)
-            elif self.weight.dtype == g.dtype:
+            elif self.weight.dtype == g.dtype and not widened(g, hidden):
                 torch.addmm(self.weight, g.mT, hidden, beta=0 if first else 1, out=self.weight)
             else:
                 step = max(1, SLICE_BYTES // (hidden.shape[1] * g.element_size()))
                 for part, columns in zip(self.weight.split(step), g.split(step, dim=1), strict=True):
-                    product = columns.mT @ hidden
+                    product = mm(columns.mT, hidden)
                     part.copy_(product) if first else part.add_(product)
         if self.needs[2]:
             self.bias += g.sum(0, dtype=self.bias.dtype)
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """x W^T + b, into `out`."""
-    return torch.mm(x, weight.mT, out=out) if bias is None else torch.addmm(bias, x, weight.mT, out=out)
 
 
 def sweep(
@@ -123,7 +119,7 @@ def sweep(
     for at in range(0, len(index), rows):
         part = slice(at, at + rows)
         h = hidden[part] if len(index) == len(hidden) else hidden[index[part]]
-        logits = onednn(h, weight, bias) if fast else _product(h, weight, bias, buffer[: len(h)])
+        logits = onednn(h, weight, bias) if fast else mm(h, weight.mT, bias, buffer[: len(h)])
         nll[part], lse[part], mean[part] = reduce(logits, kept[part], head, any(needs))
         if any(needs):
             gradients.add(logits, h, weight, index[part], first=at == 0)

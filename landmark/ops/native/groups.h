@@ -36,8 +36,10 @@ INLINE float from_half(uint16_t h) {
 }
 
 INLINE vf scales(const uint16_t *s) {
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)s));
+#elif defined(__F16C__)
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const void *)s));
 #else
     vf v;
     for (int j = 0; j < W; j++) v[j] = from_half(s[j]);
@@ -45,38 +47,56 @@ INLINE vf scales(const uint16_t *s) {
 #endif
 }
 
-// Column k of W rows of a tile's group at w, from row `first` on, as integers in floats. Of 4 bits, a row owns 4 bytes of
-// each of four vectors of 64, for 8 columns: the even ones in the low two, from the low bits on, the odd ones in the
-// others. Of 8 bits (a sign and a magnitude), a vector is for 4 columns: bytes 16 j to 16 j + 7 for two of rows 4 j to
-// 4 j + 3, and as many for the next two.
-INLINE vf column(const char *w, int k, int first, const int bits) {
-    if (bits == 4) {
-        vu v;
-        memcpy(&v, w + k / 8 * 64 + first * 4, sizeof v);
-        return __builtin_convertvector((vi)(v >> (k % 8 / 2 * 4 + k % 2 * 16) & 15) - 8, vf);
-    }
-    typedef int64_t vq __attribute__((vector_size(4 * W)));
-    vq all, own;
-    for (int j = 0; j < W / 2; j++) own[j] = 2 * j % (W / 2) + k % 4 / 2;
-    memcpy(&all, w + k / 4 * 64 + first * 4, sizeof all);
-    all = __builtin_shuffle(all, own);
-    vh two;
-    memcpy(&two, &all, sizeof two);
-    const vu v = __builtin_convertvector(two, vu) >> (k % 2 * 8);
-    return (vf)((vu)__builtin_convertvector((vi)(v & 127), vf) | (v & 128) << 24);
+// Columns k to k + 32 / bits - 1 of W rows of a tile's group at w, from row `first` on: a row a lane, as signed numbers of so
+// many bits. Of 4 bits (and 8 to make them positive) a row has 4 bytes: the even columns in the low two, from the low bits on,
+// the odd ones in the others. Of 8 (a sign and a magnitude) bytes 16 j to 16 j + 7 are for two columns of rows 4 j to 4 j + 3,
+// and as many for the next two.
+INLINE vi columns(const char *w, int k, int first, const int bits) {
+    typedef int8_t bytes __attribute__((vector_size(4 * W)));
+    vi v;
+    memcpy(&v, w + k * bits / 32 * 64 + first * 4, sizeof v);
+    if (bits == 4) return v ^ (int32_t)0x88888888;
+    bytes order;
+    for (int j = 0; j < 4 * W; j++) order[j] = j / 16 * 16 + j % 4 / 2 * 8 + j % 16 / 4 * 2 + j % 2;
+    const bytes own = __builtin_shuffle((bytes)v, order), sign = own < 0;
+    return (vi)(((own & 127) ^ sign) - sign);
 }
 
-// acc[TOGETHER][M] = one of a unit's tiles' `PARTS` of a group times M rows of x [GROUP][M], in float32.
-INLINE void products_f32(const char *w, const float *x, int part, vf *acc, const int M, const int bits) {
-    const int R = TOGETHER;
-    for (int i = 0; i < R * M; i++) acc[i] = splat(0);
-#pragma GCC unroll 32
-    for (int k = 0; k < GROUP; k++) {
-        vf v[TOGETHER];
-        for (int r = 0; r < R; r++) v[r] = column(w + r * BYTES(bits), k, part * W, bits);
-        for (int i = 0; i < M; i++) {
-            const vf y = splat(x[k * M + i]);
-            for (int r = 0; r < R; r++) acc[r * M + i] += v[r] * y;
+// The k-th column of those.
+INLINE vf column_of(vi v, int k, const int bits) {
+    const int from = bits == 4 ? k % 8 / 2 * 4 + k % 2 * 16 : k % 4 * 8;
+    return __builtin_convertvector(v << (32 - bits - from) >> (32 - bits), vf);
+}
+
+INLINE vf column(const char *w, int k, int first, const int bits) {
+    return column_of(columns(w, k / (32 / bits) * (32 / bits), first, bits), k, bits);
+}
+
+#define VECTORS (TOGETHER * PARTS)  // of a unit's rows: parts of the first tile, then of the next
+#define AT_ONCE(M) (W == 16 ? VECTORS : MAX(1, MIN(VECTORS, 8 / (M))))  // as many as have registers for sums with M rows of x
+
+// Where the sums of vector v and the i-th of M rows of x are, among those that `finish` takes.
+INLINE vf *total_of(vf *total, int v, int i, const int M) { return total + (v / PARTS * M + i) * PARTS + v % PARTS; }
+
+INLINE const char *vector_of(const char *w, int v, const int bits) { return w + v / PARTS * BYTES(bits) + v % PARTS * W * 4; }
+
+// acc[V][M] = V vectors of rows of a unit's group at w, from the one `first` on, times M rows of x [GROUP][M], in float32.
+INLINE void products_f32(const char *w, const float *x, int first, vf *acc, const int V, const int M, const int bits) {
+    const int some = 32 / bits;
+    for (int i = 0; i < V * M; i++) acc[i] = splat(0);
+#pragma GCC unroll 8
+    for (int k = 0; k < GROUP; k += some) {
+        vi own[VECTORS];
+        for (int v = 0; v < V; v++) own[v] = columns(vector_of(w, first + v, bits), k, 0, bits);
+#pragma GCC unroll 8
+        for (int j = k; j < k + some; j++) {
+            vf c[VECTORS];
+            for (int v = 0; v < V; v++) c[v] = column_of(own[v], j, bits);
+            for (int i = 0; i < M; i++) {
+                const vf y = splat(x[j * M + i]);
+                for (int v = 0; v < V; v++) acc[v * M + i] += c[v] * y;
+            }
+            IN_ORDER;
         }
     }
 }

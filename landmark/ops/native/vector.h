@@ -13,6 +13,7 @@
 #define W 8
 #endif
 #define INLINE static inline __attribute__((always_inline))
+#define IN_ORDER __asm__ volatile("" ::: "memory")  // what is loaded after is not loaded before: or registers run out
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.optimizer import Optimizer
 
+from ...ops import products
 from .adamw import AdamW
 from .base import Named, OptimizerConfig, Simple
 
@@ -55,7 +56,8 @@ class Muon(Simple):
 
 
 def orthogonalise(x: Tensor, iterations: int) -> Tensor:
-    """About U V^T of x = U S V^T, [..., rows, columns], by Newton-Schulz; in bfloat16 unless x is float64.
+    """About U V^T of x = U S V^T, [..., rows, columns], by Newton-Schulz; in bfloat16 unless x is float64 or the
+    processor would have to emulate it.
 
     A sharded matrix is gathered first: its rows are not independent here.
     """
@@ -63,7 +65,8 @@ def orthogonalise(x: Tensor, iterations: int) -> Tensor:
         return distribute_tensor(orthogonalise(x.full_tensor(), iterations), x.device_mesh, x.placements)
     a, b, c = COEFFICIENTS
     tall = x.shape[-2] > x.shape[-1]
-    y = (x.mT if tall else x).to(torch.float64 if x.dtype == torch.float64 else torch.bfloat16)
+    few = torch.float32 if products.EMULATED and x.device.type == "cpu" else torch.bfloat16
+    y = (x.mT if tall else x).to(torch.float64 if x.dtype == torch.float64 else few)
     y = y / y.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     for _ in range(iterations):
         gram = y @ y.mT

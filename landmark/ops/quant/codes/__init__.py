@@ -23,6 +23,7 @@ from torch import Tensor
 from ...inference import inference_op
 from ...native import Source
 from ...operator import operator
+from ...products import widened
 from . import exact, reference
 from .reference import Bits, room, unit
 
@@ -254,20 +255,25 @@ def _restored(
     return _by_pieces(reference.rounded(x).to(x.dtype) if round_x else x, codes, side, bias, bits, rows)
 
 
+def _multiplied(x: Tensor) -> Tensor:
+    """x as it is multiplied: in float32 where the processor has no products of bfloat16."""
+    return x.float() if widened(x) else x
+
+
 @operator("codes_linear")
 def _by_pieces(x: Tensor, codes: Tensor, side: Tensor, bias: Tensor | None, bits: int, rows: int) -> Tensor:
-    flat = x.reshape(-1, x.shape[-1])
-    y = x.new_empty(len(flat), rows)
-    for here, weight in _pieces(codes, side, bits, rows, x.shape[-1], x.dtype):
-        y[:, here] = F.linear(flat, weight, None if bias is None else bias[here])
+    y = x.new_empty(x.numel() // max(1, x.shape[-1]), rows)
+    flat = _multiplied(x.reshape(-1, x.shape[-1]))
+    for here, weight in _pieces(codes, side, bits, rows, x.shape[-1], flat.dtype):
+        y[:, here] = F.linear(flat, weight, None if bias is None else bias[here].to(flat.dtype))
     return y.view(*x.shape[:-1], rows)
 
 
 @operator("codes_linear_x")
 def _restored_x(grad: Tensor, codes: Tensor, side: Tensor, bits: int, rows: int, width: int) -> Tensor:
-    flat = grad.reshape(-1, rows)
+    flat = _multiplied(grad.reshape(-1, rows))
     y = grad.new_zeros(len(flat), width, dtype=torch.float32)
-    for here, weight in _pieces(codes, side, bits, rows, width, grad.dtype):
+    for here, weight in _pieces(codes, side, bits, rows, width, flat.dtype):
         y += flat[:, here] @ weight
     return y.to(grad.dtype).view(*grad.shape[:-1], width)
 

@@ -34,7 +34,7 @@ typedef struct {
 
 #define TABLE 7
 #define BESIDE 7  // what points to no exponent of the table
-#define EARLY (PAIRS ? 3 : 0)  // times 64 numbers are unpacked before they are needed: it takes longer than multiplying those before
+#define EARLY 3  // times 64 numbers are unpacked before they are needed: it takes longer than multiplying those before
 
 INLINE Side side_of(const void *s, int64_t rows) {
     const int64_t all = units_of(rows);
@@ -130,51 +130,85 @@ INLINE void step_numbers(const char *w, Bytes table, const uint8_t **next, vu (*
     for (int j = 0; j < GROUPS; j++) numbers(w, j, table, next, v + 2 * j);
 }
 
+#if PAIRS
+// Adds a step's `numbers` at w, of which the first EARLY groups are in v already and those of the step after it will be, times M
+// rows of packed x to acc[M][2]; even and odd pairs of columns apart, so that sums do not wait for each other.
+INLINE const uint8_t *pairs(const char *w, const char *after, const char *x, Bytes table, const uint8_t *next, vu (*v)[2][PARTS],
+                            vf *acc, const int M) {
+#pragma GCC unroll 8
+    for (int j = 0; j < GROUPS; j++) {
+        const int then = (j + EARLY) % GROUPS;
+        numbers(then < j ? after : w, then, table, &next, v[then]);
+        for (int p = 0; p < 2; p++) {
+            __asm__("" : "+v"(v[then][p][0]));  // or the compiler unpacks them late
+            for (int i = 0; i < M; i++) {
+                int32_t both;
+                memcpy(&both, x + (p * M + i) * 4, 4);
+                vf *own = acc + i * 2 + p;
+                *own = (vf)_mm512_dpbf16_ps((__m512)*own, (__m512bh)v[j][p][0], (__m512bh)_mm512_set1_epi32(both));
+            }
+        }
+        x += 4 * M * 2;
+    }
+    return next;
+}
+#endif
+
+// Adds K columns of numbers v times rows [first, first + N) of the M of packed x to acc[M][PARTS].
+INLINE void columns(vu (*v)[PARTS], const float *x, vf *acc, const int K, const int first, const int N, const int M) {
+    vf own[8];
+    for (int i = 0; i < N * PARTS; i++) own[i] = acc[first * PARTS + i];
+#pragma GCC unroll 4
+    for (int k = 0; k < K; k++)
+        for (int part = 0; part < PARTS; part++) {
+            const vu pair = v[k / 2][part];
+            const vf number = (vf)(k % 2 ? pair & 0xffff0000 : pair << 16);
+            for (int i = 0; i < N; i++) own[i * PARTS + part] += number * x[k * M + first + i];
+            IN_ORDER;
+        }
+    for (int i = 0; i < N * PARTS; i++) acc[first * PARTS + i] = own[i];
+}
+
+// Adds a step's numbers at w times M rows of packed x to acc[M][PARTS]. Sums of many rows take turns in the registers.
+INLINE const uint8_t *step(const char *w, const float *x, Bytes table, const uint8_t *next, vf *acc, const int M) {
+    const int most = 8 / PARTS;
+    vu v[GROUPS][2][PARTS];
+#pragma GCC unroll 8
+    for (int j = 0; j < GROUPS; j++) {
+        numbers(w, j, table, &next, v[j]);
+        if (M <= most) columns(v[j], x + 4 * j * M, acc, 4, 0, M, M);
+    }
+    for (int first = 0; first < M && M > most; first += most) columns(v[0], x, acc, STEP, first, MIN(most, M - first), M);
+    return next;
+}
+
 INLINE void one(const Map *map, int64_t n, const char *x, int64_t tile, int64_t row, const int M, const int bits, const int half) {
     const Side side = side_of(map->s, map->out);
     const Bytes table = table_of(side, tile);
     const char *w = map->w + tile * unit_bytes(n, bits);
     const uint8_t *next = side.exponents + side.starts[tile];
-    vf acc[MOST * PARTS * 2];
-    for (int i = 0; i < M * PARTS * 2; i++) acc[i] = splat(0);
+    vf acc[MOST * 2];
+    for (int i = 0; i < M * 2; i++) acc[i] = splat(0);
+#if PAIRS
     vu v[GROUPS][2][PARTS];
-    for (int j = 0; j < EARLY; j++) numbers(w, j, table, &next, v[j]);
+    for (int j = 0; j < EARLY && half; j++) numbers(w, j, table, &next, v[j]);
+#endif
 #pragma GCC unroll 1
     for (int64_t g = 1; g <= steps_of(n); g++, w += BYTES) {
-        const char *after = g < steps_of(n) ? w + BYTES : w;
         fetch(w, BYTES);
         __builtin_prefetch(next + AHEAD / 16, 0, 0);
-#pragma GCC unroll 8
-        for (int j = 0; j < GROUPS; j++) {
-            const int then = (j + EARLY) % GROUPS;
-            numbers(then < j ? after : w, then, table, &next, v[then]);
 #if PAIRS
-            if (half) {
-                for (int p = 0; p < 2; p++) {
-                    __asm__("" : "+v"(v[then][p][0]));  // or the compiler unpacks them late
-                    for (int i = 0; i < M; i++) {
-                        int32_t both;
-                        memcpy(&both, x + (p * M + i) * 4, 4);
-                        vf *own = acc + i * 2 + p;
-                        *own = (vf)_mm512_dpbf16_ps((__m512)*own, (__m512bh)v[j][p][0], (__m512bh)_mm512_set1_epi32(both));
-                    }
-                }
-                x += 4 * M * 2;
-                continue;
-            }
-#endif
-            const float *column = (const float *)x;
-            for (int k = 0; k < 4; k++)
-                for (int part = 0; part < PARTS; part++) {
-                    const vu pair = v[j][k / 2][part];
-                    const vf own = (vf)(k % 2 ? pair & 0xffff0000 : pair << 16);
-                    for (int i = 0; i < M; i++) acc[(i * PARTS + part) * 2 + k % 2] += own * column[k * M + i];
-                }
-            x += 4 * M * 4;
+        if (half) {
+            next = pairs(w, g < steps_of(n) ? w + BYTES : w, x, table, next, v, acc, M);
+            x += STEP * M * 2;
+            continue;
         }
+#endif
+        next = step(w, (const float *)x, table, next, acc, M);
+        x += STEP * M * 4;
     }
     vf total[MOST * PARTS];
-    for (int i = 0; i < M * PARTS; i++) total[i] = acc[2 * i] + acc[2 * i + 1];
+    for (int i = 0; i < M * PARTS; i++) total[i] = PAIRS && half ? acc[2 * i] + acc[2 * i + 1] : acc[i];
     finish(map, total, tile, row, 1, M, half);
 }
 

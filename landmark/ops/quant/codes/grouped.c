@@ -67,21 +67,21 @@ INLINE void units(const Map *map, int64_t n, const char *x, int64_t from, int64_
 #pragma GCC unroll 1
     for (; from < to; from++) {
         const char *own = x;
-        vf total[TOGETHER * MOST * PARTS], acc[TOGETHER * MOST];
-        for (int i = 0; i < TOGETHER * M * PARTS; i++) total[i] = splat(0);
+        vf total[VECTORS * MOST], acc[VECTORS * MOST];
+        for (int i = 0; i < VECTORS * M; i++) total[i] = splat(0);
 #pragma GCC unroll 1
         for (int64_t g = groups_of(n); g > 0; g--, w += TOGETHER * BYTES(bits), s += UNIT) {
             fetch(w, TOGETHER * BYTES(bits));
-            for (int part = 0; part < PARTS; part++) {
+            for (int first = 0; first < VECTORS; first += AT_ONCE(M)) {
 #if PAIRS
                 if (half)
                     products(w, own, &t, acc, M, bits);
                 else
 #endif
-                    products_f32(w, (const float *)own, part, acc, M, bits);
-                for (int r = 0; r < TOGETHER; r++) {
-                    const vf scale = scales(s + r * TILE + part * W);
-                    for (int i = 0; i < M; i++) total[(r * M + i) * PARTS + part] += acc[r * M + i] * scale;
+                    products_f32(w, (const float *)own, first, acc, AT_ONCE(M), M, bits);
+                for (int v = first; v < first + AT_ONCE(M); v++) {
+                    const vf scale = scales(s + v * W);
+                    for (int i = 0; i < M; i++) *total_of(total, v, i, M) += acc[(v - first) * M + i] * scale;
                 }
             }
             own += GROUP * M * (half && PAIRS ? 2 : 4);

@@ -3,13 +3,15 @@
 #include "groups.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-#define QUADS 1  // integer products by vpdpbusd, four columns at a time
+#define QUADS 512  // integer products, four columns at a time, in vectors of so many bits: by vpdpbusd
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+#define QUADS 256  // by vpmaddubsw
 #else
 #define QUADS 0
 #endif
 
-#define OFFSET(bits) ((bits) == 4 ? 8 : 128)  // what makes a number of W positive
-#define SPAN (GROUP * (QUADS ? 1 : 4) + 8)    // bytes of a row of x in a group: columns, start and scale
+#define OFFSET(bits) ((bits) == 4 ? 8 : QUADS == 512 ? 128 : 0)  // what makes a number of W positive
+#define SPAN (GROUP * (QUADS ? 1 : 4) + 8)                       // bytes of a row of x in a group: columns, start and scale
 
 INLINE int64_t row_bytes(int64_t n, const int half) { return groups_of(n) * SPAN; }
 
@@ -27,6 +29,15 @@ INLINE bytes ordered(bytes v, const int bits) {
     return __builtin_shuffle(v, order);
 }
 
+// Four columns of the i-th of M rows of packed x, the p-th such, and what it begins with.
+INLINE int32_t four_of(const char *x, int p, int i, const int M) {
+    int32_t four;
+    memcpy(&four, x + (p * M + i) * 4, 4);
+    return four;
+}
+INLINE int32_t start_of(const char *x, int i, const int M) { return four_of(x, GROUP / 4, i, M); }
+
+#if QUADS == 512
 // Four columns of 16 rows of a tile's group, a row a lane, made positive. Of 4 bits, 4 p to 4 p + 3 are columns
 // 8 (p / 2) + 2 (p % 2) + (0, 4, 1, 5).
 INLINE __m512i quad(const char *w, int p, const int bits) {
@@ -40,29 +51,66 @@ INLINE __m512i quad(const char *w, int p, const int bits) {
     return _mm512_mask_sub_epi8(_mm512_or_si512(size, one), _mm512_movepi8_mask(v), one, size);
 }
 
-// acc[TOGETHER][M] = a unit's group times M rows of packed x.
-INLINE void products(const char *w, const char *x, vf *acc, const int M, const int bits) {
-    const int R = TOGETHER;
-    __m512i sum[TOGETHER * MOST];
-    const char *start = x + GROUP * M;
-    for (int i = 0; i < M; i++) {
-        int32_t first;
-        memcpy(&first, start + i * 4, 4);
-        for (int r = 0; r < R; r++) sum[r * M + i] = _mm512_set1_epi32(first);
-    }
+// acc[V][M] = V vectors of rows of a unit's group, from the one `first` on, times M rows of packed x.
+INLINE void products(const char *w, const char *x, int first, vf *acc, const int V, const int M, const int bits) {
+    __m512i sum[VECTORS * MOST];
+    for (int i = 0; i < M; i++)
+        for (int v = 0; v < V; v++) sum[v * M + i] = _mm512_set1_epi32(start_of(x, i, M));
 #pragma GCC unroll 8
     for (int p = 0; p < GROUP / 4; p++) {
-        __m512i v[TOGETHER];
-        for (int r = 0; r < R; r++) v[r] = quad(w + r * BYTES(bits), p, bits);
+        __m512i own[VECTORS];
+        for (int v = 0; v < V; v++) own[v] = quad(vector_of(w, first + v, bits), p, bits);
         for (int i = 0; i < M; i++) {
-            int32_t four;
-            memcpy(&four, x + (p * M + i) * 4, 4);
-            const __m512i y = _mm512_set1_epi32(four);
-            for (int r = 0; r < R; r++) sum[r * M + i] = _mm512_dpbusd_epi32(sum[r * M + i], v[r], y);
+            const __m512i y = _mm512_set1_epi32(four_of(x, p, i, M));
+            for (int v = 0; v < V; v++) sum[v * M + i] = _mm512_dpbusd_epi32(sum[v * M + i], own[v], y);
         }
     }
-    for (int i = 0; i < R * M; i++) acc[i] = (vf)_mm512_cvtepi32_ps(sum[i]);
+    for (int i = 0; i < V * M; i++) acc[i] = (vf)_mm512_cvtepi32_ps(sum[i]);
 }
+#else
+// Four columns of 8 rows of a tile's group, a row a lane: of 4 bits made positive, the same columns as above; of 8 as they are.
+INLINE __m256i quad(const char *w, int p, const int bits) {
+    if (bits == 4) {
+        const __m256i v = _mm256_loadu_si256((const void *)(w + p / 2 * 64));
+        return _mm256_and_si256(p % 2 ? _mm256_srli_epi16(v, 4) : v, _mm256_set1_epi8(15));
+    }
+    const __m256i lanes = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+    return _mm256_shuffle_epi8(_mm256_loadu_si256((const void *)(w + p * 64)), lanes);
+}
+
+// acc[V][M] = V vectors of rows of a unit's group, from the one `first` on, times M rows of packed x. Sums of 4 bits stay in
+// 16 (32 times 15 times 127 is 2 times 30,480); of 8 bits x takes their sign, and two products fit (2 times 127 squared).
+INLINE void products(const char *w, const char *x, int first, vf *acc, const int V, const int M, const int bits) {
+    const __m256i ones = _mm256_set1_epi16(1), sign = _mm256_set1_epi8(-128);
+    __m256i sum[VECTORS * MOST];
+    for (int i = 0; i < V * M; i++) sum[i] = _mm256_setzero_si256();
+#pragma GCC unroll 8
+    for (int p = 0; p < GROUP / 4; p++) {
+        __m256i own[VECTORS];
+        for (int v = 0; v < V; v++) own[v] = quad(vector_of(w, first + v, bits), p, bits);
+        for (int i = 0; i < M; i++) {
+            const __m256i y = _mm256_set1_epi32(four_of(x, p, i, M));
+            for (int v = 0; v < V; v++) {
+                __m256i *s = sum + v * M + i;
+                if (bits == 4)
+                    *s = _mm256_add_epi16(*s, _mm256_maddubs_epi16(own[v], y));
+                else {
+                    const __m256i two = _mm256_maddubs_epi16(_mm256_andnot_si256(sign, own[v]), _mm256_sign_epi8(y, own[v]));
+                    *s = _mm256_add_epi32(*s, _mm256_madd_epi16(two, ones));
+                }
+                __asm__("" : "+x"(*s));  // or the compiler adds up in another order, and registers run out
+            }
+        }
+        IN_ORDER;
+    }
+    for (int v = 0; v < V; v++)
+        for (int i = 0; i < M; i++) {
+            __m256i s = sum[v * M + i];
+            if (bits == 4) s = _mm256_add_epi32(_mm256_madd_epi16(s, ones), _mm256_set1_epi32(start_of(x, i, M)));
+            acc[v * M + i] = (vf)_mm256_cvtepi32_ps(s);
+        }
+}
+#endif
 #endif
 
 INLINE void units(const Map *map, int64_t n, const char *x, int64_t from, int64_t to, int64_t row, const int M, const int bits,
@@ -72,22 +120,22 @@ INLINE void units(const Map *map, int64_t n, const char *x, int64_t from, int64_
 #pragma GCC unroll 1
     for (; from < to; from++) {
         const char *own = x;
-        vf total[TOGETHER * MOST * PARTS], acc[TOGETHER * MOST];
-        for (int i = 0; i < TOGETHER * M * PARTS; i++) total[i] = splat(0);
+        vf total[VECTORS * MOST], acc[VECTORS * MOST];
+        for (int i = 0; i < VECTORS * M; i++) total[i] = splat(0);
 #pragma GCC unroll 1
         for (int64_t g = groups_of(n); g > 0; g--, own += SPAN * M, w += TOGETHER * BYTES(bits), s += UNIT) {
             fetch(w, TOGETHER * BYTES(bits));
             float by[MOST];
             memcpy(by, own + (SPAN - 4) * M, M * 4);
-            for (int part = 0; part < PARTS; part++) {
+            for (int first = 0; first < VECTORS; first += AT_ONCE(M)) {
 #if QUADS
-                products(w, own, acc, M, bits);
+                products(w, own, first, acc, AT_ONCE(M), M, bits);
 #else
-                products_f32(w, (const float *)own, part, acc, M, bits);
+                products_f32(w, (const float *)own, first, acc, AT_ONCE(M), M, bits);
 #endif
-                for (int r = 0; r < TOGETHER; r++) {
-                    const vf scale = scales(s + r * TILE + part * W);
-                    for (int i = 0; i < M; i++) total[(r * M + i) * PARTS + part] += acc[r * M + i] * (scale * by[i]);
+                for (int v = first; v < first + AT_ONCE(M); v++) {
+                    const vf scale = scales(s + v * W);
+                    for (int i = 0; i < M; i++) *total_of(total, v, i, M) += acc[(v - first) * M + i] * (scale * by[i]);
                 }
             }
         }
