@@ -155,7 +155,8 @@ def show_soak(report: dict[str, Any]) -> None:
         f"{engine['cancelled']:.0f} cancelled, {engine['preempted']:.0f} preempted; {report['checked']} answers "
         f"checked, {report['by_rounding']} of them other by rounding"
     )
-    console.print(f"resident memory {memory['after_warm_up']:.1f} -> {memory['end']:.1f} MiB ({growth})")
+    rests = ", ".join(f"{rest:.1f}" for rest in memory["at_rest"])
+    console.print(f"resident memory at rest {rests} MiB ({growth}); {memory['most']:.1f} at most")
     for criterion, met in report["criteria"].items():
         console.print(f"[{'green' if met else 'red'}]{'yes' if met else 'NO '}[/] {criterion}")
     for line in [*report["wrong"], *(f"{d['kind']} differs: {d['body']}" for d in report["differing"])]:

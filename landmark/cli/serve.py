@@ -34,8 +34,8 @@ def serve(
     quantise: Annotated[
         str | None,
         typer.Option(
-            help="Round the weights as they are loaded: int8, int4, int4-all, or one with -a8. bf16-12 rounds nothing: "
-            "bfloat16 in 12 bits."
+            help="Round the weights as they are loaded: int8, int4, int4-all, or one with -a8. bf16-11 rounds nothing: "
+            "bfloat16 in 11 bits."
         ),
     ] = None,
     draft: Annotated[

@@ -34,8 +34,8 @@ def transform(
     quantise: Annotated[
         str | None,
         typer.Option(
-            help="Weights of 4 or 8 bits, to be used, not trained: int8, int4, int4-all, or one with -a8. bf16-12: "
-            "bfloat16 in 12 bits, nothing lost."
+            help="Weights of 4 or 8 bits, to be used, not trained: int8, int4, int4-all, or one with -a8. bf16-11: "
+            "bfloat16 in 11 bits, nothing lost."
         ),
     ] = None,
     adapter: Annotated[

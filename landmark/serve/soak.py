@@ -1,5 +1,8 @@
 """Does a server last? Mixed traffic for a while, and then: no failure, no wrong answer, nothing kept, memory flat.
 
+What is resident under traffic goes up and down with the bodies that happen to be on their way. A leak raises what is
+resident at rest: now and then the traffic stops for as long as a server takes to give free memory back.
+
 report = asyncio.run(soak(url, Soak(minutes=10)))
 with serving(["runs/quickstart"], ["--memory", "0.05"]) as url: ...         # a server in a process of its own
 """
@@ -9,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,13 +28,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from .traffic import Asked, Kind, Target, Wrong, kinds
 
 Tell = Callable[[float, str], None]
-GROWTH = 0.02  # of resident memory, between the end of the warm-up and the end
+GROWTH = 0.02  # of resident memory at rest, between the end of the warm-up and the end
+RESTS = 4  # from the end of the warm-up on, and one more at the end
+LONGEST_REST = 25.0  # seconds, more than app.TRIM_EVERY
 
 
 @dataclass(frozen=True)
 class Soak:
-    """`clients` come one after the other, each `clients` at once, for `minutes`; the first `warm` share of them does
-    not count for memory. `checked` answers at most are asked for a second time, alone."""
+    """`clients` come one after the other, each `clients` at once, for `minutes`, rests included; the first `warm` share
+    of them does not count for memory. `checked` answers at most are asked for a second time, alone."""
 
     minutes: float = 10.0
     clients: int = 16
@@ -46,6 +50,11 @@ class Soak:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
         if not 0 <= self.warm < 0.9:
             raise ValueError(f"warm is {self.warm}; it is a share of the time below 0.9")
+
+    @property
+    def rest(self) -> float:
+        """Seconds of each."""
+        return min(LONGEST_REST, 60 * self.minutes / (6 * RESTS))
 
 
 @dataclass
@@ -85,6 +94,7 @@ class Seen:
     kept: list[Asked] = field(default_factory=list)  # a fair draw of the answers that can be checked
     answers: int = 0
     figures: list[Figures] = field(default_factory=list)
+    rests: list[Figures] = field(default_factory=list)  # of each, when least was resident
 
 
 async def soak(
@@ -96,13 +106,14 @@ async def soak(
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=wanted.clients)
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=120, limits=limits) as client:
         target = await Target.find(client, model)
-        seen, began = Seen(), time.monotonic()
+        seen, began, open_ = Seen(), time.monotonic(), asyncio.Event()
         end = began + 60 * wanted.minutes
         possible = kinds(target)
+        open_.set()
 
         async def visits(number: int) -> None:
             draw = random.Random(wanted.seed * 1000 + number)
-            while time.monotonic() < end:
+            while await open_.wait() and time.monotonic() < end:
                 [kind] = draw.choices(list(possible), list(possible.values()))
                 await _visit(target, kind, draw, seen, wanted)
 
@@ -114,8 +125,17 @@ async def soak(
                     tell(seen.figures[-1].seconds, _line(seen))
                 await asyncio.sleep(every)
 
-        await asyncio.gather(watch(), *(visits(n) for n in range(wanted.clients)))
+        async def rests() -> None:
+            for n in range(RESTS):
+                due = 60 * wanted.minutes * (wanted.warm + (1 - wanted.warm) * n / RESTS)
+                await asyncio.sleep(began + due - time.monotonic())
+                open_.clear()
+                seen.rests.append(await _rest(client, began, wanted.rest))
+                open_.set()
+
+        await asyncio.gather(watch(), rests(), *(visits(n) for n in range(wanted.clients)))
         idle = await _until_idle(client, began)
+        seen.rests.append(await _rest(client, began, wanted.rest))
         checked, rounded, differing = 0, 0, []
         for asked in seen.kept:
             if tell is not None:
@@ -184,6 +204,16 @@ async def _until_idle(client: httpx.AsyncClient, began: float, patience: float =
     return figures
 
 
+async def _rest(client: httpx.AsyncClient, began: float, seconds: float) -> Figures:
+    """Without traffic for so long: when least was resident."""
+    await _until_idle(client, began)
+    end, found = time.monotonic() + seconds, [await _figures(client, began)]
+    while time.monotonic() < end:
+        await asyncio.sleep(min(1.0, seconds / 4))
+        found.append(await _figures(client, began))
+    return min(found, key=lambda figures: figures.bytes)
+
+
 def _line(seen: Seen) -> str:
     now = seen.figures[-1]
     told = f"{sum(seen.requests.values())} requests, {now.engine['running']:.0f} running, {now.bytes / 2**20:.0f} MiB"
@@ -194,26 +224,25 @@ def report(
     wanted: Soak, seen: Seen, last: Figures | None, checked: int, rounded: int, differing: list[Any]
 ) -> dict[str, Any]:
     """Figures, and of each criterion whether it is met."""
-    warm = 60 * wanted.minutes * wanted.warm
-    counted = [f for f in seen.figures if f.seconds >= warm] or seen.figures[-1:]
-    tenth = max(1, len(counted) // 10)
-    first, final = (statistics.median(f.bytes for f in part) for part in (counted[:tenth], counted[-tenth:]))
-    growth = final / first - 1 if first else None
+    first, final = seen.rests[0], seen.rests[-1]
+    growth = final.bytes / first.bytes - 1 if first.bytes else None
     end = last or seen.figures[-1]
     tasks = sum(seen.requests.values())
     criteria = {
         "nothing failed": not seen.wrong and not end.failed and not end.engine["crashes"] and not end.engine["failed"],
         "every answer checked is what it is alone": checked > 0 and not differing,
         "nothing runs or is held at the end": last is not None and last.engine["used"] == 0,
-        f"resident memory grows by {GROWTH:.0%} at most": growth is not None and growth <= GROWTH,
+        f"resident memory at rest grows by {GROWTH:.0%} at most": growth is not None and growth <= GROWTH,
     }
     return {
         "soak": asdict(wanted), "passed": all(criteria.values()), "criteria": criteria,
         "requests": dict(seen.requests.most_common()), "requests_in_all": tasks, "wrong": seen.wrong[:20],
         "answers": seen.answers, "checked": checked, "by_rounding": rounded, "differing": differing[:5],
         "memory_growth": growth,
-        "memory_mib": {"after_warm_up": first / 2**20, "end": final / 2**20}, "files": [counted[0].files, end.files],
-        "engine": end.engine, "samples": [[f.seconds, f.bytes, f.files, f.engine["running"]] for f in seen.figures],
+        "memory_mib": {
+            "at_rest": [rest.bytes / 2**20 for rest in seen.rests], "most": max(f.bytes for f in seen.figures) / 2**20,
+        },
+        "files": [first.files, end.files], "engine": end.engine, "samples": [[f.seconds, f.bytes, f.files, f.engine["running"]] for f in seen.figures],
     }  # fmt: skip
 
 

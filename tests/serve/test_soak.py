@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 import landmark
 from landmark.cli.main import app
 from landmark.serve import traffic
-from landmark.serve.soak import Figures, Seen, Soak, report, serving
+from landmark.serve.app import TRIM_EVERY
+from landmark.serve.soak import LONGEST_REST, Figures, Seen, Soak, report, serving
 from landmark.serve.soak import soak as run
 from landmark.serve.traffic import KINDS, Target, Wrong, said, said_in_pieces
 
@@ -82,15 +83,14 @@ def test_the_verdict_on_memory() -> None:
     engine = {"running": 0.0, "waiting": 0.0, "used": 0.0, "crashes": 0.0, "failed": 0.0}
 
     def grown(share: float, used: float = 0.0) -> dict[str, Any]:
-        seen = Seen(
-            figures=[
-                Figures(float(n), 1e8 * (2 if n < 20 else 4 + 4 * share * n / 100), 9, 0, engine) for n in range(100)
-            ]
-        )
+        busy = [Figures(float(n), 9e8 * (1 + n % 7), 9, 0, engine) for n in range(100)]
+        rests = [Figures(20.0 * n, 4e8 * (1 + share * n / 4), 9, 0, engine) for n in range(5)]
+        seen = Seen(figures=busy, rests=rests)
         last = Figures(101.0, 4e8, 9, 0, engine | {"used": used})
         return report(Soak(minutes=100 / 60), seen, last, 1, 0, [])
 
-    assert grown(0.005)["passed"] and grown(0.005)["memory_growth"] < 0.005
+    assert grown(0.005)["passed"] and abs(grown(0.005)["memory_growth"] - 0.005) < 1e-9
+    assert grown(0.0)["memory_mib"] == {"at_rest": [4e8 / 2**20] * 5, "most": 63e8 / 2**20}
     assert not grown(0.1)["passed"]
     assert not grown(0.0, used=0.1)["passed"]
 
@@ -118,6 +118,8 @@ def test_what_is_said_whole_and_in_pieces() -> None:
 def test_bad_input(tiny: Live, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="minutes is 0"):
         Soak(minutes=0)
+    assert TRIM_EVERY < LONGEST_REST == Soak(minutes=10).rest and Soak(minutes=0.1).rest == 0.25
+    assert TRIM_EVERY < LONGEST_REST == Soak(minutes=10).rest and Soak(minutes=0.1).rest == 0.25
     with pytest.raises(ValueError, match=r"the server did not start: .*nowhere"), serving([str(tmp_path / "nowhere")]):
         pass
     with pytest.raises(ValueError, match="no decoder vectors"):
