@@ -221,7 +221,9 @@ def measured(places: Places, pair: Pair, measures: Sequence[str], vocab: int, ro
         rows = []
         for m in measures:
             rows.append(head | {"measure": m} | compare(ours, theirs, m, vocab, rounds, draw))
-            print("{rival} {bits} {measure}: {ours_tokens_s:.4g} / {theirs_tokens_s:.4g} tokens/s, {ratio:.3g}".format(**rows[-1]), file=sys.stderr)  # noqa: E501
+            row = rows[-1]
+            speeds = f"{row['ours_tokens_s']:.4g} / {row['theirs_tokens_s']:.4g} tokens/s, {row['ratio']:.3g}"
+            print(f"{pair.rival} {pair.name} {m}: {speeds}", file=sys.stderr)
         return rows
 
 

@@ -242,7 +242,8 @@ def report(
         "memory_mib": {
             "at_rest": [rest.bytes / 2**20 for rest in seen.rests], "most": max(f.bytes for f in seen.figures) / 2**20,
         },
-        "files": [first.files, end.files], "engine": end.engine, "samples": [[f.seconds, f.bytes, f.files, f.engine["running"]] for f in seen.figures],
+        "files": [first.files, end.files], "engine": end.engine,
+        "samples": [[f.seconds, f.bytes, f.files, f.engine["running"]] for f in seen.figures],
     }  # fmt: skip
 
 

@@ -17,10 +17,14 @@ from landmark.train.optim.muon import orthogonalise
 ONE_ROUNDING = 2**-8  # of the largest element
 
 
-@pytest.fixture(autouse=True)
-def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "EMULATED", True)
     monkeypatch.setattr(products, "PIECE", 1000)  # several pieces of each matrix
+    if request.param == "torch":
+        monkeypatch.setattr(products.cpu.SOURCE, "why_not", lambda: "not wanted")
+    elif (reason := products.cpu.SOURCE.why_not()) is not None:
+        pytest.skip(reason)
 
 
 def drawn(*shape: int) -> Tensor:
@@ -32,7 +36,9 @@ def close(got: Tensor, want: Tensor) -> None:
     assert (got.double() - want).abs().max() <= ONE_ROUNDING * want.abs().max()
 
 
-@pytest.mark.parametrize("shape", [(1, 7, 3), (63, 130, 70), (200, 64, 33), (20, 64, 400), (0, 8, 5), (5, 8, 0)])
+@pytest.mark.parametrize(
+    "shape", [(1, 7, 3), (63, 130, 70), (200, 300, 33), (20, 64, 400), (193, 513, 129), (0, 8, 5), (5, 8, 0), (4, 0, 7)]
+)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_product_against_float64(shape: tuple[int, int, int], with_bias: bool, transposed: bool) -> None:
@@ -41,7 +47,8 @@ def test_a_product_against_float64(shape: tuple[int, int, int], with_bias: bool,
     b = drawn(n, k).mT if transposed else drawn(k, n)
     bias = drawn(n) if with_bias else None
     want = a.double() @ b.double() + (0 if bias is None else bias.double())
-    for out in (None, torch.full((m, n), torch.nan).bfloat16(), torch.full((n, m), torch.nan).mT):
+    wide = torch.full((m, 3 * n + 1), torch.nan)
+    for out in (None, torch.full((m, n), torch.nan).bfloat16(), torch.full((n, m), torch.nan).mT, wide[:, 1::3]):
         got = products.mm(a, b, bias, out)
         if m and n:
             close(got, want)

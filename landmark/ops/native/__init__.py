@@ -24,6 +24,7 @@ import torch  # first: its OpenMP runtime must be the one that the kernels find 
 
 FLAGS = (
     "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math",
+    "-fno-strict-aliasing",  # numbers are read as what they were not written as
     "--param=avoid-fma-max-bits=0",  # gcc splits products and sums of some loops on Zen 2 to 4, and not of others
 )  # fmt: skip
 HEADERS = Path(__file__).parent
