@@ -72,26 +72,65 @@ INLINE vf column(const char *w, int k, int first, const int bits) {
     return column_of(columns(w, k / (32 / bits) * (32 / bits), first, bits), k, bits);
 }
 
+// The same for products: numbers times LIFT, column k of those at hand. Bytes of a row are put on top of its lane, one at a time.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define LIFT 0x1p24f
+typedef struct {
+    __m256i bytes[2];  // of 4 bits, low and high halves
+} Lifted;
+
+INLINE Lifted lifted(const char *w, int k, const int bits) {
+    Lifted all;
+    const __m256i v = _mm256_loadu_si256((const void *)(w + k * bits / 32 * 64)), low = _mm256_set1_epi8(15);
+    if (bits == 4)
+        for (int h = 0; h < 2; h++)
+            all.bytes[h] = _mm256_sub_epi8(_mm256_and_si256(h ? _mm256_srli_epi16(v, 4) : v, low), _mm256_set1_epi8(8));
+    else
+        all.bytes[0] = _mm256_sign_epi8(_mm256_and_si256(v, _mm256_set1_epi8(127)), _mm256_or_si256(v, _mm256_set1_epi8(1)));
+    return all;
+}
+
+INLINE vf lifted_column(const Lifted *all, int k, const int bits) {
+    const int half = bits == 4 ? k / 2 % 2 : 0, byte = k % 8 / 4 + k % 2 * 2;  // see `columns`
+    char at[32];
+    for (int j = 0; j < 32; j++) {
+        const int row = j / 4 % 4;
+        at[j] = j % 4 < 3 ? -128 : bits == 4 ? row * 4 + byte : k % 4 / 2 * 8 + row * 2 + k % 2;
+    }
+    __m256i order;
+    memcpy(&order, at, 32);
+    return (vf)_mm256_cvtepi32_ps(_mm256_shuffle_epi8(all->bytes[half], order));
+}
+#else
+#define LIFT 1.0f
+typedef struct {
+    vi all;
+} Lifted;
+
+INLINE Lifted lifted(const char *w, int k, const int bits) { return (Lifted){columns(w, k, 0, bits)}; }
+INLINE vf lifted_column(const Lifted *all, int k, const int bits) { return column_of(all->all, k, bits); }
+#endif
+
 #define VECTORS (TOGETHER * PARTS)  // of a unit's rows: parts of the first tile, then of the next
-#define AT_ONCE(M) (W == 16 ? VECTORS : MAX(1, MIN(VECTORS, 8 / (M))))  // as many as have registers for sums with M rows of x
+#define AT_ONCE(M) (W == 16 || (M) == 1 ? VECTORS : (M) <= 4 ? 2 : 1)  // as many as have registers for sums with M rows of x
 
 // Where the sums of vector v and the i-th of M rows of x are, among those that `finish` takes.
 INLINE vf *total_of(vf *total, int v, int i, const int M) { return total + (v / PARTS * M + i) * PARTS + v % PARTS; }
 
 INLINE const char *vector_of(const char *w, int v, const int bits) { return w + v / PARTS * BYTES(bits) + v % PARTS * W * 4; }
 
-// acc[V][M] = V vectors of rows of a unit's group at w, from the one `first` on, times M rows of x [GROUP][M], in float32.
+// acc[V][M] = V vectors of rows of a unit's group at w, from the one `first` on, times LIFT and M rows of x [GROUP][M], in float32.
 INLINE void products_f32(const char *w, const float *x, int first, vf *acc, const int V, const int M, const int bits) {
     const int some = 32 / bits;
     for (int i = 0; i < V * M; i++) acc[i] = splat(0);
 #pragma GCC unroll 8
     for (int k = 0; k < GROUP; k += some) {
-        vi own[VECTORS];
-        for (int v = 0; v < V; v++) own[v] = columns(vector_of(w, first + v, bits), k, 0, bits);
+        Lifted own[VECTORS];
+        for (int v = 0; v < V; v++) own[v] = lifted(vector_of(w, first + v, bits), k, bits);
 #pragma GCC unroll 8
         for (int j = k; j < k + some; j++) {
             vf c[VECTORS];
-            for (int v = 0; v < V; v++) c[v] = column_of(own[v], j, bits);
+            for (int v = 0; v < V; v++) c[v] = lifted_column(own + v, j, bits);
             for (int i = 0; i < M; i++) {
                 const vf y = splat(x[j * M + i]);
                 for (int v = 0; v < V; v++) acc[v * M + i] += c[v] * y;

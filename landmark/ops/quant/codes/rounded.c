@@ -134,7 +134,7 @@ INLINE void units(const Map *map, int64_t n, const char *x, int64_t from, int64_
                 products_f32(w, (const float *)own, first, acc, AT_ONCE(M), M, bits);
 #endif
                 for (int v = first; v < first + AT_ONCE(M); v++) {
-                    const vf scale = scales(s + v * W);
+                    const vf scale = scales(s + v * W) / (QUADS ? 1 : LIFT);
                     for (int i = 0; i < M; i++) *total_of(total, v, i, M) += acc[(v - first) * M + i] * (scale * by[i]);
                 }
             }
