@@ -9,11 +9,12 @@
 
 #ifdef __AVX512F__
 #define W 16
+#define IN_ORDER
 #else
 #define W 8
+#define IN_ORDER __asm__ volatile("" ::: "memory")  // what is loaded after it is not loaded before: 16 registers run out soon
 #endif
 #define INLINE static inline __attribute__((always_inline))
-#define IN_ORDER __asm__ volatile("" ::: "memory")  // what is loaded after is not loaded before: or registers run out
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
