@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import cpu
 
-EMULATED = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+EMULATED = not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 PIECE = 2**20  # numbers that are widened at a time, so that they are still in a cache when they are multiplied
 
 
