@@ -5,20 +5,21 @@ Model code knows nothing of it. What is wrapped is the whole training step: its 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..nn.residual import Block
 from .world import World
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Kind = Literal["ddp", "fsdp"]
 
@@ -34,6 +35,9 @@ def wrap(step: nn.Module, kind: Kind, dtype: torch.dtype, world: World) -> nn.Mo
         return step
     if kind == "ddp":
         return DistributedDataParallel(step, gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     for tensor in (*step.parameters(), *step.buffers()):
         dist.broadcast(tensor.data, 0)
     mesh = init_device_mesh(world.device.type, (world.size,))
@@ -52,18 +56,25 @@ def synchronised(step: nn.Module, now: bool) -> Iterator[None]:
         with step.no_sync():
             yield
     else:
-        if isinstance(step, FSDPModule):
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        if fsdp is not None and isinstance(step, fsdp.FSDPModule):
             step.set_requires_gradient_sync(now)
         yield
 
 
+def is_shard(tensor: object) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor, without loading the second's worth of modules that make them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(p, DTensor) for p in model.parameters())
+    return any(is_shard(p) for p in model.parameters())
 
 
 def whole(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict with every shard gathered, on the CPU where it was gathered. All processes must call."""
     return {
-        name: tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+        name: tensor.full_tensor().cpu() if is_shard(tensor) else tensor
         for name, tensor in model.state_dict().items()
     }

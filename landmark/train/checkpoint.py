@@ -26,7 +26,6 @@ from torch import Tensor
 
 from ..config import from_dict, to_dict
 from ..models.base import Model, Origin
-from ..parallel import sharded
 from ..parallel.data import is_sharded, whole
 from ..parallel.world import World
 from ..weights.checkpoint import NATIVE, carry
@@ -104,6 +103,8 @@ def write(directory: Path, model: Model, updater: Updater, state: Mapping[str, A
     if is_sharded(model):
         tensors = {f"weights.{name}": tensor for name, tensor in model.state_dict().items()}
         tensors |= {f"optimizer.{name}": tensor for name, tensor in updater.state().items()}
+        from ..parallel import sharded
+
         sharded.save(directory / SHARDS, tensors)
         if world.first and model.origin is not None and model.origin.directory is not None:
             carry(model.origin.directory, directory)
@@ -125,6 +126,8 @@ def read(directory: Path, model: Model, updater: Updater) -> None:
     if (directory / SHARDS).is_dir():
         like = {f"weights.{name}": tensor for name, tensor in model.state_dict().items()}
         like |= {f"optimizer.{name}": tensor for name, tensor in updater.state().items()}
+        from ..parallel import sharded
+
         tensors = sharded.load(directory / SHARDS, like)
         weights = {k.removeprefix("weights."): t for k, t in tensors.items() if k.startswith("weights.")}
         state = {k.removeprefix("optimizer."): t for k, t in tensors.items() if k.startswith("optimizer.")}
@@ -157,6 +160,8 @@ def export(directory: str | Path, out: str | Path) -> None:
     config, published = from_dict(description["config"]), description["published"]
     with torch.device("meta"):
         model = config.build()
+    from ..parallel import sharded
+
     tensors = sharded.load(directory / SHARDS, {}, prefix="weights.")
     model.load_state_dict({name.removeprefix("weights."): t for name, t in tensors.items()}, assign=True)
     model.origin = Origin(published or {"architectures": [NATIVE]}, directory)

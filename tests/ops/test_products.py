@@ -64,7 +64,7 @@ def test_others_are_left_to_torch() -> None:
     assert products.mm(a, b, out=torch.empty(4, 6).double()).dtype == torch.float64
 
 
-@pytest.mark.parametrize("rows", [(40,), (3, 33), (17, 2)])
+@pytest.mark.parametrize("rows", [(), (40,), (3, 33), (17, 2)])
 def test_a_linear_map_and_its_gradients(rows: tuple[int, ...]) -> None:
     tensors = [t.requires_grad_() for t in (drawn(*rows, 70), drawn(50, 70), drawn(50))]
     doubles = [t.detach().double().requires_grad_() for t in tensors]

@@ -160,7 +160,7 @@ onednn.register_autograd(_backward, setup_context=_setup)
 @operator("linear_widened")
 def widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., in], weight [out, in] of any strides, bfloat16; differentiable."""
-    return products.mm(x.flatten(0, -2), weight.mT, bias).view(_fake(x, weight, bias).shape)
+    return products.mm(x.reshape(-1, x.shape[-1]), weight.mT, bias).view(_fake(x, weight, bias).shape)
 
 
 widened.register_fake(_fake)
@@ -169,10 +169,10 @@ widened.register_fake(_fake)
 def _widened_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad
-    rows = grad.flatten(0, -2)
+    rows = grad.reshape(-1, grad.shape[-1])
     return (
         widened(grad, weight.mT, None) if need_x else None,
-        widened(rows.mT, x.flatten(0, -2).mT, None) if need_weight else None,
+        widened(rows.mT, x.reshape(-1, x.shape[-1]).mT, None) if need_weight else None,
         rows.sum(0) if need_bias else None,
     )
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.optimizer import Optimizer
 
 from ...ops import products
+from ...parallel.data import is_shard
 from .adamw import AdamW
 from .base import Named, OptimizerConfig, Simple
 
@@ -61,7 +61,9 @@ def orthogonalise(x: Tensor, iterations: int) -> Tensor:
 
     A sharded matrix is gathered first: its rows are not independent here.
     """
-    if isinstance(x, DTensor):
+    if is_shard(x):
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(orthogonalise(x.full_tensor(), iterations), x.device_mesh, x.placements)
     a, b, c = COEFFICIENTS
     tall = x.shape[-2] > x.shape[-1]

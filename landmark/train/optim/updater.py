@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ...config import nearest
+from ...parallel.data import is_shard
 from .base import Named, OptimizerConfig, roles
 
 
@@ -64,7 +64,7 @@ class Updater:
         """The global norm of the gradients, which are scaled down to `largest` if they exceed it."""
         grads = [t.grad for t in self.tensors if t.grad is not None]
         norm = nn.utils.get_total_norm(grads, foreach=True)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = norm.full_tensor() if is_shard(norm) else norm
         if largest is not None and (norm.is_cuda or bool(norm > largest)):
             torch._foreach_mul_(grads, (largest / (norm + 1e-6)).clamp(max=1.0))
         return norm
@@ -119,7 +119,9 @@ def _copy(target: Tensor, source: Tensor, name: str) -> None:
     """A whole source into a whole or sharded target."""
     if target.shape != source.shape:
         raise ValueError(f"the checkpoint's {name!r} has the shape {tuple(source.shape)}, not {tuple(target.shape)}")
-    if isinstance(target, DTensor) and not isinstance(source, DTensor):
+    if is_shard(target) and not is_shard(source):
+        from torch.distributed.tensor import distribute_tensor
+
         source = source.to(target.device)
         source = distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(source)

@@ -256,7 +256,8 @@ def _restored(
 
 
 def _multiplied(x: Tensor) -> Tensor:
-    """x as it is multiplied: in float32 where the processor has no products of bfloat16."""
+    """x as it is multiplied: in float32 where the processor has no products of bfloat16; then the weight is restored in
+    float32 as well, and is rounded once less than if `products.mm` widened it."""
     return x.float() if widened(x) else x
 
 
