@@ -223,6 +223,7 @@ class Ctx:
     positions: Tensor  # [B, T]: each token's position in its sequence, counted over all calls
     bounds: Bounds  # where the sequences of this call lie
     past: tuple[int, ...] | None = None  # tokens that each sequence's state holds already; None without a state
+    latest: int | None = None  # the highest position, where a state is gone on from and positions were not given
     memory: Memory | None = None
     relative: Relative | None = None
     reports: Reports = field(default_factory=Reports)

@@ -7,11 +7,14 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..ctx import Bounds, Ctx, Memory, State
+from ..nn import step
 from ..nn.embedding import Embedding
 from ..nn.linear import LinearConfig, replace_linears
 from ..nn.norm import NormConfig
 from ..nn.residual import Layer, build_layers
 from .base import Init, Model, materialise
+
+FEW = 8  # tokens of each sequence whose positions are sooner counted one by one
 
 
 class Backbone(Model):
@@ -68,8 +71,12 @@ class Backbone(Model):
                 tokens, segments=segments, positions=positions, bounds=bounds, state=state, memory=memory
             )
         x = self.embed(tokens, ctx.positions, types)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, ctx, state.layers[i] if state is not None else None)
+        stepped = None if state is None else step.through(self.layers, x, ctx, state.layers)
+        if stepped is None:
+            for i, layer in enumerate(self.layers):
+                x = layer(x, ctx, state.layers[i] if state is not None else None)
+        else:
+            x = stepped
         if state is not None:
             state.lengths = [p + n for p, (_, n) in zip(state.lengths, ctx.bounds.sequences, strict=True)]
         return x if self.norm is None else self.norm(x)
@@ -92,9 +99,16 @@ class Backbone(Model):
             past = tuple(state.lengths)
             if len(past) != len(bounds.sequences):
                 raise ValueError(f"{len(bounds.sequences)} sequences do not fit a state of {len(past)} slots")
+        latest = None
         if positions is None:
-            positions = bounds.offsets(tokens.device)
-            if past is not None and any(past):
-                before = torch.tensor(past, device=tokens.device)
-                positions = positions + (before[:, None] if bounds.dense else bounds.per_token(before))
-        return Ctx(positions, bounds, past, memory)
+            if past is not None:
+                latest = max((p + n - 1 for p, (_, n) in zip(past, bounds.sequences, strict=True)), default=None)
+            if past is not None and bounds.dense and bounds.width <= FEW:
+                ahead = range(bounds.width)
+                positions = torch.tensor([[p + n for n in ahead] for p in past], device=tokens.device)
+            else:
+                positions = bounds.offsets(tokens.device)
+                if past is not None and any(past):
+                    before = torch.tensor(past, device=tokens.device)
+                    positions = positions + (before[:, None] if bounds.dense else bounds.per_token(before))
+        return Ctx(positions, bounds, past, latest, memory)

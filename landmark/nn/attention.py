@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,9 @@ from ..config import Config as PlainConfig
 from ..config import ModuleConfig
 from ..ctx import Bounds, Ctx
 from ..ops.attention import attention, decode
-from ..ops.step import Call, Norm, attend, attend_call
+from ..ops.attention.pages import Pages
+from ..ops.step import Norm
+from ..ops.step import attention as attention_step
 from . import step
 from .cache import CrossCache, KVCache, SlidingCache
 from .chunked import ChunkCache, cut
@@ -181,7 +184,11 @@ class Attention(nn.Module):
     def _step(self, q: Tensor, k: Tensor, v: Tensor, ctx: Ctx, state: Cache) -> Tensor | None:
         """One token of each sequence: turned, kept and answered in one call; None where the kernel cannot run."""
         c = self.cfg
-        if (room := self._room(ctx, state)) is None or decode.why_not(q, *room[:2], ctx.bounds, room[2]) is not None:
+        if (room := self._room(ctx, state)) is None:
+            return None
+        if not isinstance(room[2], Pages):
+            room = room[0].transpose(1, 2), room[1].transpose(1, 2), room[2]
+        if decode.why_not(q, *room[:2], ctx.bounds, room[2]) is not None:
             return None
         cos, sin = (None, None) if self.rope is None else self.rope.angles(ctx, q.dtype)
         fresh = decode.Fresh(k, v, cos, sin, self.rope is not None and self.rope.cfg.interleaved)
@@ -189,34 +196,44 @@ class Attention(nn.Module):
         return self._out(y.flatten(-2))
 
     def _room(self, ctx: Ctx, state: Cache) -> tuple[Tensor, Tensor, Bounds] | None:
-        """Where the next token's key and value go, if each query is to see all that is kept, or a window of it."""
+        """Where next keys and values go, [slots or blocks, kv_heads, tokens, head_dim], if every query is to see
+        all that is kept, or a window of it."""
         c = self.cfg
         if not isinstance(state, KVCache | PagedKV) or c.temperature is not None or c.chunk is not None or not c.causal:
             return None
         return state.whole(ctx)
 
-    def step_call(self, x: Tensor, norm: Norm) -> Call | None:
-        """What of `step` stays the same; None where it has to be done module by module."""
-        norms = None
-        if self.out_norm is not None or self.cfg.head_dim % 16:
+    def as_step(self, x: Tensor, norm: Norm, scale: float) -> bytes | None:
+        """As landmark.nn.step has it."""
+        c, norms = self.cfg, None
+        if self.out_norm is not None or c.head_dim % 16:
             return None
         if self.q_norm is not None and (norms := self._head_norms(x)) is None:
             return None
         first, last = step.together(x, self.q, self.k, self.v), step.linear(x, self.out)
-        return None if first is None or last is None else attend_call(norm, first, last, norms, x.dtype)
+        if first is None or last is None:
+            return None
+        turned = self.rope is not None and self.rope.cfg.interleaved
+        return attention_step(
+            norm, first, last, scale, (c.heads, c.kv_heads, c.head_dim), turned, softmax=self.scale, softcap=c.softcap,
+            head_norms=norms, dtype=x.dtype,
+        )  # fmt: skip
 
-    def step(self, x: Tensor, call: Call, scale: float, ctx: Ctx, state: Cache | None) -> Tensor | None:
-        """x + scale f(norm(x)) of a few tokens in one call; None where it has to be done module by module."""
+    def step_seen(self, x: Tensor, ctx: Ctx, state: Cache | None) -> tuple[int, ...] | None:
+        """As landmark.nn.step has it."""
         if state is None or (lengths := ctx.bounds.filled) is None:
             return None
         if (room := self._room(ctx, state)) is None or room[0].dtype != x.dtype:
             return None
-        c, rope = self.cfg, self.rope
-        angles = None if rope is None else rope.angles(ctx, x.dtype)
-        return attend(
-            x, call, lengths, *room, c.heads, angles, rope is not None and rope.cfg.interleaved, softmax=self.scale,
-            window=c.window, softcap=c.softcap, scale=scale,
-        )  # fmt: skip
+        (k, v, bounds), window, rope = room, self.cfg.window, self.rope
+
+        def alike() -> tuple[tuple[int, ...], Any]:
+            where, held = decode.places(bounds, lengths, window)
+            angles = None if rope is None else rope.angles(ctx, x.dtype)
+            return (*where, *decode.angles_at(angles)), (held, angles, bounds)
+
+        rest, _ = ctx.memo(("seen", id(bounds), window, rope), alike)
+        return (*decode.kept_at(k, v), *rest)
 
     def _head_norms(self, x: Tensor) -> tuple[Norm, Norm] | None:
         """The norms of queries and keys, if they are those of heads by themselves."""

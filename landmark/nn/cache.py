@@ -61,11 +61,11 @@ class KVCache:
         )
 
     def whole(self, ctx: Ctx) -> tuple[Tensor, Tensor, Bounds]:
-        """As `room`, with what else there is room for."""
+        """As `room`, with what else there is room for, and as it lies: [slots, heads, capacity, d]."""
         place = ctx.memo("place", lambda: Place.of(ctx))
         if place.width > self.k.shape[2]:
             self._grow(place.width)
-        return self.k.transpose(1, 2), self.v.transpose(1, 2), place.seen
+        return self.k, self.v, place.seen
 
     def extend(self, k: Tensor, v: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor, Bounds]:
         place = ctx.memo("place", lambda: Place.of(ctx))

@@ -55,7 +55,9 @@ class Embedding(nn.Module):
             x = x + self.positions(positions, x.dtype)
         if self.types is not None:
             x = x + (self.types.weight[0] if types is None else self.types(types))
-        x = F.dropout(x if self.norm is None else self.norm(x), self.cfg.dropout, self.training)
+        x = x if self.norm is None else self.norm(x)
+        if self.training and self.cfg.dropout:
+            x = F.dropout(x, self.cfg.dropout)
         return x if self.project is None else self.project(x)
 
 

@@ -11,7 +11,7 @@ from ..ctx import Ctx
 from ..ops.activation import Activation, activation
 from ..ops.fused import activate, glu
 from ..ops.moe import few
-from ..ops.step import Call, Norm, feed_forward, feed_forward_call
+from ..ops.step import Norm, feed_forward
 from . import step
 from .linear import Linear, bare
 from .norm import NormConfig
@@ -48,14 +48,10 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, ctx: Ctx | None = None, state: Any = None) -> Tensor:
         return perceptron(x, self.up, self.down, self.act)
 
-    def step_call(self, x: Tensor, norm: Norm) -> Call | None:
-        """What of `step` stays the same; None where it has to be done module by module."""
+    def as_step(self, x: Tensor, norm: Norm, scale: float) -> bytes | None:
+        """As landmark.nn.step has it."""
         first, last = step.together(x, self.up), step.linear(x, self.down)
-        return None if first is None or last is None else feed_forward_call(norm, first, last, self.act)
-
-    def step(self, x: Tensor, call: Call, scale: float, ctx: Ctx, state: Any) -> Tensor:
-        """x + scale f(norm(x)) of few tokens in one call."""
-        return feed_forward(x, call, scale)
+        return None if first is None or last is None else feed_forward(norm, first, last, scale, act=self.act)
 
 
 class GLU(nn.Module):
@@ -92,13 +88,9 @@ class GLU(nn.Module):
         out: Tensor = self.down(y if self.norm is None else self.norm(y))
         return out
 
-    def step_call(self, x: Tensor, norm: Norm) -> Call | None:
-        """As `MLP.step_call`."""
+    def as_step(self, x: Tensor, norm: Norm, scale: float) -> bytes | None:
+        """As landmark.nn.step has it."""
         if self.norm is not None:
             return None
         first, last = step.together(x, self.gate, self.up), step.linear(x, self.down)
-        return None if first is None or last is None else feed_forward_call(norm, first, last, self.act)
-
-    def step(self, x: Tensor, call: Call, scale: float, ctx: Ctx, state: Any) -> Tensor:
-        """As `MLP.step`."""
-        return feed_forward(x, call, scale)
+        return None if first is None or last is None else feed_forward(norm, first, last, scale, act=self.act)

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from ..config import ModuleConfig
 from ..ctx import Ctx
+from . import step
 from .norm import NormConfig
-from .step import sublayer
 
 
 class Sublayer(nn.Module):
@@ -56,10 +56,16 @@ class PreNorm(Sublayer):
         self.dropout, self.scale = cfg.dropout, cfg.scale
 
     def forward(self, x: Tensor, ctx: Ctx, state: Any = None) -> Tensor:
-        if ctx.past is not None and (stepped := sublayer(self, x, ctx, state)) is not None:
+        if ctx.past is not None and (stepped := step.alone(self, x, ctx, state)) is not None:
             return stepped
         y = dropout(self.fn(self.norm(x), ctx, state), self.dropout, self.training)
         return x + (y if self.scale == 1.0 else y * self.scale)
+
+    def as_step(self, x: Tensor) -> bytes | None:
+        """What it is as a step (landmark.nn.step)."""
+        norm, make = step.rms_norm(x, self.norm), getattr(self.fn, "as_step", None)
+        made: bytes | None = None if norm is None or make is None else make(x, norm, self.scale)
+        return made
 
 
 class PostNorm(Sublayer):

@@ -1,18 +1,21 @@
-"""Residual sublayers of few tokens that are one call of a kernel, and what their modules have to be for that.
+"""Residual sublayers of few tokens that are one call of a kernel, as many as follow each other, and what their modules
+have to be for that.
 
-A function f that can be such a call has two methods. `step_call(x, norm)` says what of the call stays the same from
-token to token; None where its modules are others than the kernel knows. `step(x, call, scale, ctx, state)` is
-x + scale f(norm(x)), or None where it has to be computed module by module.
+A sublayer that can be a step of such a call has a method `as_step(x)`, what it is as the kernel takes it, and so has
+its function f, `as_step(x, norm, scale)` for x + scale f(norm(x)); None where its modules are others than the kernel
+knows. If f has a state, there is also `step_seen(x, ctx, state)`: what its queries see this time, or None where it has
+to be computed module by module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from operator import is_
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.modules import module as every
 from torch.utils.hooks import RemovableHandle
 
 from ..ctx import Ctx
@@ -26,59 +29,148 @@ from .norm import RMSNorm
 PLAIN = (Tensor, Parameter)
 
 
-def sublayer(owner: nn.Module, x: Tensor, ctx: Ctx, state: Any) -> Tensor | None:
-    """x + scale fn(norm(x)) in one call, or None; `owner` has all three."""
+def through(layers: nn.ModuleList, x: Tensor, ctx: Ctx, states: Sequence[Any]) -> Tensor | None:
+    """x after all layers; None if none of their sublayers can be a step. Of a layer that is a module dict, each of its
+    values is called with its part of the state, and otherwise the layer."""
+    kept = _kept(layers, x, ctx)
+    if kept is None:
+        return None
+    steps, first, n = bytearray(kept.steps), 0, 0
+    for part in kept.parts:
+        state = states[part.layer] if part.name is None else states[part.layer][part.name]
+        if part.step is not None:
+            n += 1
+            if part.seen is None or _look(part.seen, steps, n - 1, x, ctx, state):
+                continue
+        if (last := n - (part.step is not None)) > first:
+            x = step.run(x, steps, first, last - first)
+        x, first = part.module(x, ctx, state), n
+    return step.run(x, steps, first, n - first) if n > first else x
+
+
+def alone(sublayer: nn.Module, x: Tensor, ctx: Ctx, state: Any) -> Tensor | None:
+    """A sublayer of x in a call of its own, or None."""
+    kept = _kept(sublayer, x, ctx)
+    if kept is None:
+        return None
+    steps, (part,) = bytearray(kept.steps), kept.parts
+    if part.seen is not None and not _look(part.seen, steps, 0, x, ctx, state):
+        return None
+    return step.run(x, steps, 0, 1)
+
+
+def _look(seen: Callable[..., Any], steps: bytearray, n: int, x: Tensor, ctx: Ctx, state: Any) -> bool:
+    found = seen(x, ctx, state)
+    if found is not None:
+        step.look(steps, n, found)
+    return found is not None
+
+
+def _kept(owner: nn.Module, x: Tensor, ctx: Ctx) -> Kept | None:
+    """None if nothing of it is a step."""
     if owner.training or not few(x, ctx):
         return None
     kept: Kept | None = owner.__dict__.get("_kept")
-    if kept is None or not kept.holds(x.dtype):
+    if kept is None or not kept.holds(x):
         kept = owner.__dict__["_kept"] = Kept(owner, x)
-    if kept.call is None or kept.step is None:
-        return None
-    return kept.step(x, kept.call, owner.__dict__["scale"], ctx, state)
+    return kept if kept.steps else None
+
+
+class Part(NamedTuple):
+    """A module that is called as f(x, ctx, state), and where in the states its own is."""
+
+    module: nn.Module
+    layer: int
+    name: str | None = None
+    step: bytes | None = None  # what it is as a step
+    seen: Callable[..., Any] | None = None
 
 
 class Kept:
-    """The call of a sublayer, as long as its modules, their weights and where these lie stay, and nobody has a hook.
+    """What of an owner's parts are steps, as long as its modules, their weights and where these lie stay.
 
-    `holds` is asked once a token of each sublayer, and weights that stream by leave nothing in the caches: what it
-    costs is the number of objects it touches.
+    `holds` is asked once a token, and weights that stream by leave nothing in the caches: what it costs is the number
+    of objects it touches. A part somebody has a hook in is no step; a layer somebody has a hook on stays whole.
     """
 
-    __slots__ = ("_addresses", "_dtype", "_handles", "_hooks", "_places", "_tensors", "call", "step")
+    __slots__ = (
+        "_addresses",
+        "_dtype",
+        "_handles",
+        "_hooked",
+        "_names",
+        "_owner",
+        "_tensors",
+        "_whats",
+        "_wheres",
+        "parts",
+        "steps",
+    )
 
     def __init__(self, owner: nn.Module, x: Tensor) -> None:
-        self._dtype = x.dtype
+        self._owner, self._dtype = owner, x.dtype
         modules = list(owner.modules())
-        self._places = [
+        places = [
             (where, name, what)
             for m in modules
             for where in (m._modules, m._parameters, m._buffers)
             for name, what in where.items()
         ]
-        self._tensors = [what for _, _, what in self._places if isinstance(what, Tensor)]
+        scaled = [m.__dict__ for m in modules if "scale" in m.__dict__]
+        places += [(where, name, where[name]) for where in scaled for name in ("scale", "training")]
+        self._wheres, self._names, self._whats = (list(column) for column in zip(*places, strict=True))
+        self._tensors = [what for what in self._whats if isinstance(what, Tensor)]
         self._addresses = [t.data_ptr() for t in self._tensors]
-        self._hooks = [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._handles = -1 if any(self._hooks) else RemovableHandle.next_id  # of all hooks that there ever were
-        fn, norm = owner._modules["fn"], owner._modules["norm"]
-        self.call: step.Call | None = None
-        self.step: Callable[..., Tensor | None] | None = getattr(fn, "step", None)
-        make: Callable[..., step.Call | None] | None = getattr(fn, "step_call", None)
-        if make is not None and norm is not None and self._handles >= 0:
-            normed = rms_norm(x, norm)
-            self.call = None if normed is None else make(x, normed)
+        self._arrange(x)
 
-    def holds(self, dtype: torch.dtype) -> bool:
-        if dtype != self._dtype or self._handles < 0:
+    def _arrange(self, x: Tensor) -> None:
+        """Parts and their steps, as far as nobody looks on."""
+        owner = self._owner
+        self._hooked = bool(every._global_forward_hooks or every._global_forward_pre_hooks)
+        self.parts = []
+        if isinstance(owner, nn.ModuleList):
+            for i, layer in enumerate(owner):
+                if isinstance(layer, nn.ModuleDict) and not self._watched([layer]):
+                    self.parts += [
+                        self._part(module, list(module.modules()), x, i, name) for name, module in layer.items()
+                    ]
+                else:
+                    self.parts.append(Part(layer, i))
+        else:
+            self.parts.append(self._part(owner, list(owner.modules())[1:], x, 0))
+        self.steps = b"".join(part.step for part in self.parts if part.step is not None)
+        self._handles = RemovableHandle.next_id  # of all hooks that there ever were
+
+    def _watched(self, modules: Sequence[nn.Module]) -> bool:
+        """Whether somebody has a hook on one of them."""
+        watched = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+        self._hooked = self._hooked or watched
+        return watched
+
+    def _part(
+        self, module: nn.Module, inside: Sequence[nn.Module], x: Tensor, layer: int, name: str | None = None
+    ) -> Part:
+        make = getattr(module, "as_step", None)
+        made = None if make is None or module.training or self._watched(inside) else make(x)
+        return Part(module, layer, name, made, getattr(module._modules.get("fn"), "step_seen", None))
+
+    def holds(self, x: Tensor) -> bool:
+        if x.dtype != self._dtype:
             return False
-        if self._handles != RemovableHandle.next_id:
-            if any(self._hooks):
-                return False
-            self._handles = RemovableHandle.next_id
-        for where, name, what in self._places:
-            if where.get(name) is not what:
-                return False
-        return [t.data_ptr() for t in self._tensors] == self._addresses
+        if not all(map(is_, map(dict.get, self._wheres, self._names), self._whats)):
+            return False
+        if list(map(Tensor.data_ptr, self._tensors)) != self._addresses:
+            return False
+        if self._hooked or self._handles != RemovableHandle.next_id:
+            self._arrange(x)
+        return True
+
+    def __reduce__(self) -> Any:
+        return _nothing, ()  # a copy of its owner finds its own
+
+
+def _nothing() -> None:
+    return None
 
 
 def few(x: Tensor, ctx: Ctx) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +16,7 @@ import landmark
 from landmark.infer.session import Session
 from landmark.models.decoder import Decoder
 from landmark.nn import residual
+from landmark.nn import step as nn_step
 from landmark.ops import step
 from landmark.transforms.quantise import quantise, quantised
 
@@ -45,18 +48,19 @@ def built(name: str, dtype: torch.dtype = torch.float32) -> Decoder:
 
 
 @contextmanager
-def counted(monkeypatch: pytest.MonkeyPatch, use: bool = True) -> Iterator[list[bool]]:
-    """How many sublayers were one call; with `use` False, none may be."""
-    found: list[bool] = []
-    original = residual.sublayer
+def counted(monkeypatch: pytest.MonkeyPatch, use: bool = True) -> Iterator[list[int]]:
+    """How many sublayers each call was; with `use` False, there may be none."""
+    found: list[int] = []
+    run = step.run
 
-    def watched(*args: Any) -> Tensor | None:
-        y = original(*args) if use else None
-        found.append(y is not None)
-        return y
+    def watched(x: Tensor, steps: bytearray, first: int, count: int) -> Tensor:
+        found.append(count)
+        return run(x, steps, first, count)
 
     with monkeypatch.context() as patch:
-        patch.setattr(residual, "sublayer", watched)
+        patch.setattr(step, "run", watched)
+        if not use:
+            patch.setattr(nn_step, "few", lambda x, ctx: False)
         yield found
 
 
@@ -84,7 +88,7 @@ def test_one_call_is_what_the_modules_are(
         got = logits(model)
     with counted(monkeypatch, use=False):
         want = logits(model)
-    assert sum(calls) == 5 * 2 * 3, "a sublayer was not one call"
+    assert calls == [6] * 5, "a token was not one call"
     error = (got.float() - want.float()).abs().max() / want.float().abs().max()
     assert error < (1e-5 if dtype == torch.float32 else 2e-2)
 
@@ -100,7 +104,7 @@ def test_a_few_more_tokens_of_each_text(name: str, rows: list[list[int]], monkey
         session.extend([[1, 2, 3], [4]])
         with counted(monkeypatch, use) as calls:
             found.append(session.extend(rows))
-        assert sum(calls) == 6 * use
+        assert calls == [6] * use
         found.append(session.extend([[11], [12]]))  # what was kept is right too
     torch.testing.assert_close(found[:2], found[2:], rtol=1e-4, atol=1e-5)
     for row, beginning in enumerate(([1, 2, 3], [4])):
@@ -142,12 +146,29 @@ def test_hooks_and_changed_weights_count(monkeypatch: pytest.MonkeyPatch) -> Non
     handles = [m.register_forward_hook(lambda m, i, o: seen.append(type(m).__name__)) for m in watched]
     with counted(monkeypatch) as calls:
         torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
-    assert len(watched) == 3 and sum(calls) == 5 * 3 and set(seen) == {"Linear", "RMSNorm", "Attention"}
+    assert len(watched) == 3 and set(seen) == {"Linear", "RMSNorm", "Attention"}
+    assert calls == [2, 1] * 5  # layer 0's feed-forward and layer 1's attention; the last one's feed-forward
     for handle in handles:
         handle.remove()
     with counted(monkeypatch) as calls:
         logits(model)
-    assert sum(calls) == 5 * 6  # one call each again
+    assert calls == [6] * 5  # one again
+    handle = model.layers[1].register_forward_hook(lambda m, i, o: seen.append(type(m).__name__))
+    with counted(monkeypatch) as calls:
+        torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+    assert calls == [2, 1, 1, 2] * 5 and seen.count("Block") == 6  # a watched layer is called, its sublayers one by one
+    handle.remove()
+    scaled = model.get_submodule("layers.1.ffn")
+    assert isinstance(scaled, residual.PreNorm)
+    scaled.scale = 0.5
+    assert not torch.allclose(logits(model), before)
+    with counted(monkeypatch, use=False):
+        want = logits(model)
+    torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-4)
+    scaled.scale = 1.0
+    again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert vars(model.layers)["_kept"] is not None and vars(again.layers)["_kept"] is None
+    assert torch.equal(logits(again), logits(model))
     other = built("llama")
     with torch.no_grad():
         for parameter in other.parameters():
@@ -178,7 +199,7 @@ def test_with_gradients_modules_are_called(monkeypatch: pytest.MonkeyPatch) -> N
     state = model.new_state(1, 8)
     with counted(monkeypatch) as calls:
         model(torch.tensor([[3]]), state=state).sum().backward()
-    assert not any(calls)
+    assert not calls
 
 
 @needs_kernel
@@ -186,7 +207,7 @@ def test_training_keeps_its_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     model = built("llama").train()
     with counted(monkeypatch) as calls:
         logits(model)
-    assert calls and not any(calls)
+    assert not calls
 
 
 def test_what_the_kernel_takes() -> None:

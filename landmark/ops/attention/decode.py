@@ -18,8 +18,9 @@ from .pages import Pages
 SOURCE = Source(Path(__file__).with_name("decode.c"))
 KERNELS = {torch.float32: "decode_f32", torch.bfloat16: "decode_bf16"}
 SMALL = 1 << 15  # multiplications below which a second thread costs more than it does
-LAYOUT = "8P15q4P3q2P4f"  # decode.h's Decode
-_pack = Struct(LAYOUT).pack
+FIXED, SEEN = "4P6q2P4f", "2P6q4P4q2P2q"  # decode.h's Decode: what stays the same from token to token, and the rest
+LONGEST = 5  # where in what `places` gives it stands how many keys a query sees at most
+_pack = Struct(FIXED + SEEN).pack
 
 
 @cache
@@ -60,55 +61,36 @@ def decode(
 ) -> Tensor:  # fmt: skip
     """softmax(q k^T * scale) v -> [B, 1, heads, d_v], for arguments that `why_not` accepts. `fresh` keys and values are
     written to k and v on the way."""
-    heads, (slots, dv) = q.shape[2], (q.shape[0], v.shape[3])
+    (slots, _, heads, d), dv = q.shape, v.shape[3]
     q, out = q.contiguous(), q.new_empty(slots, 1, heads, dv)
-    new = fresh and fresh._replace(k=fresh.k.contiguous(), v=fresh.v.contiguous())
-    lengths = (1,) * slots
-    call = fields(q, k, v, out, lengths, k_bounds, heads, scale=scale, window=window, softcap=softcap, fresh=new)
-    _kernel(q.dtype)(_pack(*call))
+    if not isinstance(k_bounds, Pages):
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+    new_k = new_v = 0
+    angles, interleaved = None, False
+    if fresh is not None:
+        fresh = fresh._replace(k=fresh.k.contiguous(), v=fresh.v.contiguous())
+        new_k, new_v, interleaved = fresh.k.data_ptr(), fresh.v.data_ptr(), fresh.interleaved
+        angles = None if fresh.cos is None or fresh.sin is None else (fresh.cos, fresh.sin)
+    where, _ = k_bounds.memo(("decode", window, slots), lambda: places(k_bounds, (1,) * slots, window))
+    turns = angles_at(angles)
+    threads = torch.get_num_threads() if slots * heads * d * where[LONGEST] > SMALL else 1
+    same = heads, k.shape[1], d, dv, threads, interleaved, 0, 0, scale, softcap or 0.0, 0.0, 0.0
+    _kernel(q.dtype)(_pack(q.data_ptr(), out.data_ptr(), new_k, new_v, *same, *kept_at(k, v), *where, *turns))
     return out
 
 
-def fields(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lengths: tuple[int, ...], k_bounds: Bounds, heads: int, *,
-    scale: float, window: int | None, softcap: float | None, fresh: Fresh | None,
-    norms: tuple[int, int, float, float] | None = None,
-) -> tuple[float, ...]:  # fmt: skip
-    """What `LAYOUT` lays out. `lengths`: how many of a sequence's tokens, the last ones, are queries; q holds them in
-    their order, and nothing else. Without `out` the caller knows where queries, new keys, values and answers are.
-    `norms`: addresses of those of queries and keys, eps and offset."""
-    slots, d = sum(lengths), k.shape[3]
-    found = k_bounds.memo(("decode", window, lengths), lambda: _seen(lengths, k_bounds, window))
-    first, counts, rows, longest, _ = found
-    if isinstance(k_bounds, Pages):
-        tables, pages, page = k_bounds.tables.data_ptr(), k_bounds.tables.shape[1], k_bounds.size
-        kv_heads, dv = v.shape[1], v.shape[3]
-        (k0, k2, k1, _), (v0, v2, v1, _) = k.stride(), v.stride()
-    else:
-        tables = pages = page = 0
-        kv_heads, dv = v.shape[2:]
-        (k0, k1, k2, _), (v0, v1, v2, _) = k.stride(), v.stride()
-    where = new_k = new_v = cos = sin = pairs = turns = 0
-    if out is not None:
-        where = out.data_ptr()
-    if fresh is not None:
-        if out is not None:
-            new_k, new_v = fresh.k.data_ptr(), fresh.v.data_ptr()
-        if fresh.cos is not None and fresh.sin is not None:
-            cos, sin, pairs = fresh.cos.data_ptr(), fresh.sin.data_ptr(), fresh.cos.shape[2]
-            turns = fresh.cos.shape[0] * fresh.cos.shape[1]
-    q_norm, k_norm, eps, offset = norms or (0, 0, 0.0, 0.0)
-    threads = torch.get_num_threads() if slots * heads * longest * d > SMALL else 1
-    return (
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), where, first, counts, rows, tables, slots, heads, kv_heads, d, dv,
-        longest, k0, k1, k2, v0, v1, v2, pages, page, threads, new_k, new_v, cos, sin, pairs, turns,
-        fresh is not None and fresh.interleaved, q_norm, k_norm, scale, softcap or 0.0, eps, offset,
-    )  # fmt: skip
+# What `SEEN` lays out, in this order.
 
 
-def _seen(lengths: tuple[int, ...], k_bounds: Bounds, window: int | None) -> tuple[int, int, int, int, Tensor]:
-    """Addresses of where in its row each query's keys begin, of how many there are, and of the row; the most; what
-    holds all three."""
+def kept_at(k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """Where k and v [slots or blocks, kv_heads, tokens, d] lie."""
+    (k0, k2, k1, _), (v0, v2, v1, _) = k.stride(), v.stride()
+    return k.data_ptr(), v.data_ptr(), k0, k1, k2, v0, v1, v2
+
+
+def places(k_bounds: Bounds, lengths: tuple[int, ...], window: int | None) -> tuple[tuple[int, ...], Tensor]:
+    """What each query sees, and a tensor that has to stay as long as this is used. `lengths`: how many of a sequence's
+    tokens, the last ones, are queries."""
     paged = isinstance(k_bounds, Pages)  # then tokens are counted from the first one in the table
     firsts, counts, rows = [], [], []
     for row, ((start, length), new) in enumerate(zip(k_bounds.sequences, lengths, strict=True)):
@@ -117,5 +99,17 @@ def _seen(lengths: tuple[int, ...], k_bounds: Bounds, window: int | None) -> tup
             counts.append(end if window is None else min(window, end))
             firsts.append(at + end - counts[-1])
             rows.append(row)
-    seen = torch.tensor([firsts, counts, rows])
-    return seen[0].data_ptr(), seen[1].data_ptr(), seen[2].data_ptr(), max(counts), seen
+    held = torch.tensor([firsts, counts, rows])
+    at, each = held.data_ptr(), 8 * len(rows)
+    tables = pages = page = 0
+    if isinstance(k_bounds, Pages):
+        tables, pages, page = k_bounds.tables.data_ptr(), k_bounds.tables.shape[1], k_bounds.size
+    return (at, at + each, at + 2 * each, tables, len(rows), max(counts), pages, page), held
+
+
+def angles_at(angles: tuple[Tensor, Tensor] | None) -> tuple[int, ...]:
+    """By how much each query turns: cos and sin [B or 1, T, pairs], float32."""
+    if angles is None:
+        return 0, 0, 0, 0
+    rows, width, pairs = angles[0].shape
+    return angles[0].data_ptr(), angles[1].data_ptr(), pairs, rows * width

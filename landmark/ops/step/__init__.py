@@ -1,5 +1,5 @@
-"""A residual sublayer of a few tokens in one call of a C kernel (step.c): x + scale f(norm(x)), where f is attention
-over a cache or a feed-forward function.
+"""Residual sublayers of a few tokens, one after the other, in one call of a C kernel (step.c): x + scale f(norm(x)),
+where f is attention over a cache or a feed-forward function.
 
 What Python spends between the kernels of a layer is more than a small model's layer takes, and a quarter of what a
 large one's does whose weights have four bits. The same kernels run, in the same order, in one team of threads.
@@ -8,7 +8,7 @@ large one's does whose weights have four bits. The same kernels run, in the same
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import c_char_p
+from ctypes import addressof, c_char, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from struct import Struct
@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...ctx import Bounds
 from ..activation import ACTIVATIONS
 from ..attention import decode
 from ..native import Source
@@ -26,10 +25,11 @@ SOURCE = Source(Path(__file__).with_name("step.c"))
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 KINDS = {name: kind for kind, name in enumerate(ACTIVATIONS)}  # as act.h's enum
 MAX_TOKENS = 16
-ONE_THREAD = 2**17  # bytes of weights that a second thread would not read any sooner
-_pack = Struct(f"3P2P3q{'4P2q' * 4}P4q{decode.LAYOUT}3f").pack  # step.c's Step
+_STEP = Struct(f"3P3q{'4P2q' * 4}P2q4f{decode.FIXED}")  # step.c's Step, up to what changes from token to token
+_SEEN = Struct(decode.SEEN)
+SIZE = _STEP.size + _SEEN.size
 _NO_MAP = (0, 0, 0, 0, 0, 0)
-_NO_ATTENTION = (0,) * (len(Struct(decode.LAYOUT).unpack(bytes(Struct(decode.LAYOUT).size))) - 4) + (0.0,) * 4
+_NO_ATTENTION = (0,) * 12 + (0.0,) * 4
 
 
 class Map(NamedTuple):
@@ -64,77 +64,55 @@ def why_not(x: Tensor) -> str | None:
     return SOURCE.why_not() or decode.SOURCE.why_not()
 
 
-class Call(NamedTuple):
-    """What of a call stays the same from token to token, in the order of step.c's Step."""
-
-    weights: tuple[int, ...]  # norm, kinds, widths, maps
-    answer: int
-    act: int
-    bytes: int
-    norm: tuple[float, float]  # eps, offset
-    heads: tuple[int, int, float, float] | None = None  # addresses of norms of queries and keys, eps, offset
+def feed_forward(norm: Norm, first: Sequence[Map], down: Map, scale: float, *, act: str) -> bytes:
+    """A step: x + scale down(act(gate(norm(x))) up(norm(x))), or with one map x + scale down(act(up(norm(x))))."""
+    return _packed(norm, first, down, scale, (0, KINDS[act]), _NO_ATTENTION)
 
 
-def feed_forward_call(norm: Norm, first: Sequence[Map], down: Map, act: str) -> Call:
-    """Of down(act(gate(norm(x))) up(norm(x))), or with one map of down(act(up(norm(x))))."""
-    return _prepared(norm, first, down)._replace(act=KINDS[act])
+def attention(
+    norm: Norm, qkv: Sequence[Map], out: Map, scale: float, heads: tuple[int, int, int], interleaved: bool, *,
+    softmax: float, softcap: float | None, head_norms: tuple[Norm, Norm] | None, dtype: torch.dtype,
+) -> bytes:  # fmt: skip
+    """A step: x + scale out(attention of norm(x)), once `look` has said over what. `heads`: of queries, of keys, and
+    the size of one; `softmax` multiplies scores; `head_norms` are of queries and keys; `dtype` is x's."""
+    q, k = head_norms or (None, None)
+    norms = (0, 0, softmax, softcap or 0.0, 0.0, 0.0)
+    if q is not None and k is not None:
+        norms = (q.weight.data_ptr(), k.weight.data_ptr(), softmax, softcap or 0.0, q.eps, q.offset)
+    middle = (0, 0, 0, 0, *heads, heads[2], 1, interleaved, *norms)
+    return _packed(norm, qkv, out, scale, (_answer(dtype), 0), middle)
 
 
-def attend_call(
-    norm: Norm, qkv: Sequence[Map], out: Map, head_norms: tuple[Norm, Norm] | None, dtype: torch.dtype
-) -> Call:
-    """Of out(attention of norm(x)); `head_norms` are of queries and keys, `dtype` is x's."""
-    found = _prepared(norm, qkv, out)._replace(answer=_answer(dtype))
-    if head_norms is None:
-        return found
-    q, k = head_norms
-    return found._replace(heads=(q.weight.data_ptr(), k.weight.data_ptr(), q.eps, q.offset))
-
-
-def _prepared(norm: Norm, first: Sequence[Map], last: Map) -> Call:
-    fields = (*(m.fields for m in first), _NO_MAP, _NO_MAP)[:3]
-    weights = (
+def _packed(
+    norm: Norm, first: Sequence[Map], last: Map, scale: float, between: tuple[int, int], middle: tuple[float, ...]
+) -> bytes:
+    maps = (*(m.fields for m in first), _NO_MAP, _NO_MAP)[:3]
+    size = last.bytes + sum(m.bytes for m in first)
+    return _STEP.pack(
         norm.weight.data_ptr(), first[0].kind, last.kind, len(first), first[0].width, last.width,
-        *fields[0], *fields[1], *fields[2], *last.fields,
-    )  # fmt: skip
-    return Call(weights, 0, 0, last.bytes + sum(m.bytes for m in first), (norm.eps, norm.offset))
+        *maps[0], *maps[1], *maps[2], *last.fields, *between, size, norm.eps, norm.offset, scale, 0.0, *middle,
+    ) + bytes(_SEEN.size)  # fmt: skip
 
 
-def feed_forward(x: Tensor, call: Call, scale: float) -> Tensor:
-    """x + scale f(x), x [..., dim]."""
-    return _run(x, call, _NO_ATTENTION, scale)
+def look(steps: bytearray, n: int, seen: tuple[int, ...]) -> None:
+    """Tell the n-th step, which is attention, what its queries see (as landmark.ops.attention.decode lays it out):
+    new keys and values go to where the last ones are."""
+    _SEEN.pack_into(steps, n * SIZE + _STEP.size, *seen)
 
 
-def attend(
-    x: Tensor, call: Call, lengths: tuple[int, ...], keys: Tensor, values: Tensor, seen: Bounds, heads: int,
-    angles: tuple[Tensor, Tensor] | None, interleaved: bool, *, softmax: float, window: int | None,
-    softcap: float | None, scale: float,
-) -> Tensor:  # fmt: skip
-    """x + scale f(x); x holds `lengths` tokens of each sequence in turn, whose keys and values go to where the last
-    ones of `seen` are in `keys` and `values` (see landmark.ops.attention.decode). `softmax` multiplies scores."""
-    cos, sin = angles or (None, None)
-    middle = decode.fields(
-        x, keys, values, None, lengths, seen, heads, scale=softmax, window=window, softcap=softcap,
-        fresh=decode.Fresh(x, x, cos, sin, interleaved), norms=call.heads,
-    )  # fmt: skip
-    return _run(x, call, middle, scale)
-
-
-def _run(x: Tensor, call: Call, middle: tuple[float, ...], scale: float) -> Tensor:
+def run(x: Tensor, steps: bytearray, first: int, count: int) -> Tensor:
+    """`count` of the steps from the `first` on, of x [..., dim]."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    weights, answer, act, size, norm, _ = call
-    threads = torch.get_num_threads() if size > ONE_THREAD else 1
     dim = x.shape[-1]
-    _kernel(x.dtype)(
-        _pack(x.data_ptr(), y.data_ptr(), *weights, answer, x.numel() // dim, dim, act, threads, *middle, *norm, scale)
-    )
+    at = addressof(c_char.from_buffer(steps, first * SIZE))
+    _kernel(x.dtype)(at, count, x.data_ptr(), y.data_ptr(), x.numel() // dim, dim, torch.get_num_threads())
     return y
 
 
 @cache
 def _kernel(dtype: torch.dtype) -> Any:
-    return SOURCE.function(f"step_{SUFFIX[dtype]}", c_char_p)
+    return SOURCE.function(f"steps_{SUFFIX[dtype]}", c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64)
 
 
 @cache

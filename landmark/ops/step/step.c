@@ -1,5 +1,5 @@
-// A residual sublayer of few tokens by one team of threads: x + scale f(norm(x)), where f is attention over what is cached
-// or a feed-forward function.
+// Residual sublayers of few tokens by one team of threads: x + scale f(norm(x)), where f is attention over what is cached or
+// a feed-forward function, one after the other.
 #include "act.h"
 #include "decode.h"
 #include "maps.h"
@@ -8,16 +8,14 @@
 #define STRIP 256  // elements that a thread takes at a time
 
 typedef struct {
-    const char *x;     // [m, dim]
-    char *y;           // [m, dim]
     const char *norm;  // [dim], of x's type
     const Kind *in_kind, *out_kind;
     int64_t count, in_n, out_n;
     Map in[3], out;  // what f begins with (queries, keys, values; gate and up; up alone), of which `count` are there; its end
     void (*answer)(const Decode *c, float *parts, char *turned);  // between them; null: `act`
-    int64_t m, dim, act, threads;
+    int64_t act, bytes;  // of weights
+    float eps, offset, scale, none;
     Decode attend;  // without queries, new keys and values, and answers
-    float eps, offset, scale;
 } Step;
 
 // act(gate) up, or act(gate), of n elements from the i-th.
@@ -51,42 +49,69 @@ INLINE void team(const Kind *kind, const Map *maps, int64_t count, const char *x
     for (int64_t t = 0; t < threads; t++) share(kind, maps, count, packed, m, n, t, threads);
 }
 
-INLINE void step(const Step *s, const int half) {
-    const int64_t size = half ? 2 : 4, m = s->m, row = m * s->dim * size;
+// Where what is between the parts of a step lies: bytes from one to the next.
+typedef struct {
+    int64_t packs, floats, row, wide;
+} Room;
+
+INLINE Room room_for(const Step *s, int64_t m, int64_t dim, const int64_t size) {
+    Room r = {MAX(s->in_kind->room(m, s->in_n), s->out_kind->room(m, s->out_n)), 0, m * dim * size, s->out_n * m * size};
+    for (int64_t i = 0; i < s->count; i++) r.wide += s->in[i].out * m * size;
+    r.packs = (r.packs + 63) / 64 * 64;
+    if (s->answer) r.floats = parts_size(&s->attend) + m * s->in[0].out;
+    return r;
+}
+
+INLINE int64_t bytes_of(Room r) { return r.packs + r.floats * 4 + 2 * r.row + r.wide; }
+
+// Every thread of a team: y = x + scale f(norm(x)) for x and y [m, dim], which may be one.
+INLINE void step(const Step *s, const char *x, char *y, int64_t m, int64_t dim, int64_t threads, char *packed, const int half) {
+    const int64_t size = half ? 2 : 4;
+    const Room r = room_for(s, m, dim, size);
     Step own = *s;
     Map *in = own.in;
     Decode *c = &own.attend;
-    int64_t wide = 0;
-    for (int64_t i = 0; i < s->count; i++) wide += in[i].out;
-    const int64_t packs = (MAX(s->in_kind->room(m, s->in_n), s->out_kind->room(m, s->out_n)) + 63) / 64 * 64;
-    const int64_t floats = s->answer ? parts_size(c) + m * in[0].out : 0;
-    char *packed = room_of(packs + floats * 4 + 2 * row + (wide + s->out_n) * m * size);
-    float *parts = (float *)(packed + packs);
-    char *normed = (char *)(parts + floats), *middle = normed + 2 * row, *next = middle + s->out_n * m * size;
+    float *parts = (float *)(packed + r.packs);
+    char *normed = (char *)(parts + r.floats), *middle = normed + 2 * r.row, *next = middle + s->out_n * m * size;
     for (int64_t i = 0; i < s->count; next += in[i++].out * m * size) in[i].y = next;
-    own.out.y = normed + row;
+    own.out.y = normed + r.row;
     c->q = in[0].y, c->new_k = in[1].y, c->new_v = in[2].y, c->out = middle;
-#pragma omp parallel num_threads(s->threads) if (s->threads > 1)
-    {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < m; i++)
-            rms_norm_row(AT(s->x, i * s->dim), s->norm, half, AT(normed, i * s->dim), s->dim, s->eps, s->offset, half);
-        team(s->in_kind, in, s->count, normed, packed, m, s->in_n, s->threads);
-        if (s->answer)
-            s->answer(c, parts, (char *)(parts + parts_size(c)));
-        else {
+    for (int64_t i = 0; i < m; i++)
+        rms_norm_row(AT(x, i * dim), s->norm, half, AT(normed, i * dim), dim, s->eps, s->offset, half);
+    team(s->in_kind, in, s->count, normed, packed, m, s->in_n, threads);
+    if (s->answer)
+        s->answer(c, parts, (char *)(parts + parts_size(c)));
+    else {
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < m * s->out_n; i += STRIP)
-                activate_any(in[0].y, s->count > 1 ? in[1].y : 0, middle, i, MIN(STRIP, m * s->out_n - i), s->act, half);
-        }
-        team(s->out_kind, &own.out, 1, middle, packed, m, s->out_n, s->threads);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < m * s->dim; i += STRIP)
-            for (int64_t j = i, end = MIN(i + STRIP, m * s->dim); j < end; j += W)
-                give(s->y, j, end, take(s->x, j, end, half) + s->scale * take(own.out.y, j, end, half), half);
+        for (int64_t i = 0; i < m * s->out_n; i += STRIP)
+            activate_any(in[0].y, s->count > 1 ? in[1].y : 0, middle, i, MIN(STRIP, m * s->out_n - i), s->act, half);
     }
-    free(packed);
+    team(s->out_kind, &own.out, 1, middle, packed, m, s->out_n, threads);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < m * dim; i += STRIP)
+        for (int64_t j = i, end = MIN(i + STRIP, m * dim); j < end; j += W)
+            give(y, j, end, take(x, j, end, half) + s->scale * take(own.out.y, j, end, half), half);
 }
 
-void step_f32(const Step *s) { step(s, 0); }
-void step_bf16(const Step *s) { step(s, 1); }
+#define ONE_THREAD 131072  // bytes of weights that a second thread would not read any sooner
+
+// One after the other, the first from x, all to y.
+INLINE void steps(const Step *s, int64_t count, const char *x, char *y, int64_t m, int64_t dim, int64_t threads, const int half) {
+    int64_t room = 0, most = 0;
+    for (int64_t i = 0; i < count; i++)
+        room = MAX(room, bytes_of(room_for(s + i, m, dim, half ? 2 : 4))), most = MAX(most, s[i].bytes);
+    if (most <= ONE_THREAD) threads = 1;
+    char *own = room_of(room);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < count; i++) step(s + i, i ? y : x, y, m, dim, threads, own, half);
+    free(own);
+}
+
+#define EXPORT(TYPE, HALF)                                                                                             \
+    void steps_##TYPE(const Step *s, int64_t count, const char *x, char *y, int64_t m, int64_t dim, int64_t threads) { \
+        steps(s, count, x, y, m, dim, threads, HALF);                                                                  \
+    }
+
+EXPORT(f32, 0)
+EXPORT(bf16, 1)
