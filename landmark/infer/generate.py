@@ -22,7 +22,7 @@ Finish = Literal["stop", "length"]
 AT_ONCE, PREFILL = 32, 16384  # answers that are written side by side, and the tokens of prompts that are read at once
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made of every token, which that would take three times as long
 class Event:
     """One new token of one answer."""
 

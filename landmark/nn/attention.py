@@ -13,7 +13,7 @@ from ..config import ModuleConfig
 from ..ctx import Bounds, Ctx
 from ..ops.attention import attention, decode
 from ..ops.attention.pages import Pages
-from ..ops.step import Norm
+from ..ops.step import Frame, Norm
 from ..ops.step import attention as attention_step
 from . import step
 from .cache import CrossCache, KVCache, SlidingCache
@@ -203,7 +203,7 @@ class Attention(nn.Module):
             return None
         return state.whole(ctx)
 
-    def as_step(self, x: Tensor, norm: Norm, scale: float) -> bytes | None:
+    def as_step(self, x: Tensor, frame: Frame) -> bytes | None:
         """As landmark.nn.step has it."""
         c, norms = self.cfg, None
         if self.out_norm is not None or c.head_dim % 16:
@@ -215,7 +215,7 @@ class Attention(nn.Module):
             return None
         turned = self.rope is not None and self.rope.cfg.interleaved
         return attention_step(
-            norm, first, last, scale, (c.heads, c.kv_heads, c.head_dim), turned, softmax=self.scale, softcap=c.softcap,
+            frame, first, last, (c.heads, c.kv_heads, c.head_dim), turned, softmax=self.scale, softcap=c.softcap,
             head_norms=norms, dtype=x.dtype,
         )  # fmt: skip
 
@@ -238,11 +238,11 @@ class Attention(nn.Module):
     def _head_norms(self, x: Tensor) -> tuple[Norm, Norm] | None:
         """The norms of queries and keys, if they are those of heads by themselves."""
         found = [
-            step.rms_norm(x, m.norm) if type(m) is HeadNorm and not m.separate and unhooked(m) else None
+            step.norm(x, m.norm) if type(m) is HeadNorm and not m.separate and unhooked(m) else None
             for m in (self.q_norm, self.k_norm)
         ]
         q, k = found
-        return None if q is None or k is None or (q.eps, q.offset) != (k.eps, k.offset) else (q, k)
+        return None if q is None or k is None or q.centred or q[2:] != k[2:] else (q, k)
 
     def _out(self, y: Tensor) -> Tensor:
         out: Tensor = self.out(y if self.out_norm is None else self.out_norm(y))

@@ -11,7 +11,7 @@ from ..ctx import Ctx
 from ..ops.activation import Activation, activation
 from ..ops.fused import activate, glu
 from ..ops.moe import few
-from ..ops.step import Norm, feed_forward
+from ..ops.step import Frame, feed_forward
 from . import step
 from .linear import Linear, bare
 from .norm import NormConfig
@@ -48,10 +48,10 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, ctx: Ctx | None = None, state: Any = None) -> Tensor:
         return perceptron(x, self.up, self.down, self.act)
 
-    def as_step(self, x: Tensor, norm: Norm, scale: float) -> bytes | None:
+    def as_step(self, x: Tensor, frame: Frame) -> bytes | None:
         """As landmark.nn.step has it."""
         first, last = step.together(x, self.up), step.linear(x, self.down)
-        return None if first is None or last is None else feed_forward(norm, first, last, scale, act=self.act)
+        return None if first is None or last is None else feed_forward(frame, first, last, self.act)
 
 
 class GLU(nn.Module):
@@ -88,9 +88,9 @@ class GLU(nn.Module):
         out: Tensor = self.down(y if self.norm is None else self.norm(y))
         return out
 
-    def as_step(self, x: Tensor, norm: Norm, scale: float) -> bytes | None:
+    def as_step(self, x: Tensor, frame: Frame) -> bytes | None:
         """As landmark.nn.step has it."""
         if self.norm is not None:
             return None
         first, last = step.together(x, self.gate, self.up), step.linear(x, self.down)
-        return None if first is None or last is None else feed_forward(norm, first, last, scale, act=self.act)
+        return None if first is None or last is None else feed_forward(frame, first, last, self.act)

@@ -61,11 +61,9 @@ class PreNorm(Sublayer):
         y = dropout(self.fn(self.norm(x), ctx, state), self.dropout, self.training)
         return x + (y if self.scale == 1.0 else y * self.scale)
 
-    def as_step(self, x: Tensor) -> bytes | None:
-        """What it is as a step (landmark.nn.step)."""
-        norm, make = step.rms_norm(x, self.norm), getattr(self.fn, "as_step", None)
-        made: bytes | None = None if norm is None or make is None else make(x, norm, self.scale)
-        return made
+    def as_steps(self, x: Tensor) -> list[step.Step] | None:
+        """As landmark.nn.step has it."""
+        return step.all_of([step.of(x, self.fn, self.norm, scale=self.scale)])
 
 
 class PostNorm(Sublayer):
@@ -106,8 +104,14 @@ class Sandwich(Sublayer):
         self.fn, self.post, self.dropout = cfg.fn.build(dim), cfg.post.build(dim), cfg.dropout
 
     def forward(self, x: Tensor, ctx: Ctx, state: Any = None) -> Tensor:
+        if ctx.past is not None and (stepped := step.alone(self, x, ctx, state)) is not None:
+            return stepped
         y = self.fn(x if self.norm is None else self.norm(x), ctx, state)
         return x + dropout(self.post(y), self.dropout, self.training)
+
+    def as_steps(self, x: Tensor) -> list[step.Step] | None:
+        """As landmark.nn.step has it."""
+        return step.all_of([step.of(x, self.fn, self.norm, self.post)])
 
 
 class Parallel(nn.Module):
@@ -134,11 +138,25 @@ class Parallel(nn.Module):
         return {name: new_state(fn, **where) for name, fn in self.fns.items()}
 
     def forward(self, x: Tensor, ctx: Ctx, state: Any = None) -> Tensor:
+        if ctx.past is not None and (stepped := step.alone(self, x, ctx, state)) is not None:
+            return stepped
         y = x if self.norm is None else self.norm(x)
         outs = [fn(y, ctx, state[name] if state else None) for name, fn in self.fns.items()]
         for out in outs:
             x = x + dropout(out, self.dropout, self.training)
         return x
+
+    def as_steps(self, x: Tensor) -> list[step.Step] | None:
+        """As landmark.nn.step has it."""
+        found: list[step.Step | None] = []
+        for name, fn in self.fns.items():
+            norm, aside = self.norm, bool(found)
+            if isinstance(fn, Normed):
+                if norm is not None:
+                    return None
+                norm, fn = fn.norm, fn.fn
+            found.append(step.of(x, fn, norm, aside=aside, name=name))
+        return step.all_of(found)
 
 
 class Normed(Sublayer):

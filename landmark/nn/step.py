@@ -1,10 +1,9 @@
 """Residual sublayers of few tokens that are one call of a kernel, as many as follow each other, and what their modules
 have to be for that.
 
-A sublayer that can be a step of such a call has a method `as_step(x)`, what it is as the kernel takes it, and so has
-its function f, `as_step(x, norm, scale)` for x + scale f(norm(x)); None where its modules are others than the kernel
-knows. If f has a state, there is also `step_seen(x, ctx, state)`: what its queries see this time, or None where it has
-to be computed module by module.
+A sublayer that can be steps of such a call has a method `as_steps(x)`, and so has its function f, `as_step(x, frame)`
+for what the kernel takes; None where modules are others than the kernel knows. If f has a state, there is also
+`step_seen(x, ctx, state)`: what its queries see this time, or None where it has to be computed module by module.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from ..ops.linear import cpu
 from ..ops.quant.codes import kind as coded_kind
 from .codes import CodedLinear
 from .linear import Linear, unhooked
-from .norm import RMSNorm
+from .norm import LayerNorm, RMSNorm
 
 PLAIN = (Tensor, Parameter)
 
@@ -38,11 +37,10 @@ def through(layers: nn.ModuleList, x: Tensor, ctx: Ctx, states: Sequence[Any]) -
     steps, first, n = bytearray(kept.steps), 0, 0
     for part in kept.parts:
         state = states[part.layer] if part.name is None else states[part.layer][part.name]
-        if part.step is not None:
-            n += 1
-            if part.seen is None or _look(part.seen, steps, n - 1, x, ctx, state):
-                continue
-        if (last := n - (part.step is not None)) > first:
+        last, n = n, n + len(part.steps)
+        if part.steps and _look(part, steps, last, x, ctx, state):
+            continue
+        if last > first:
             x = step.run(x, steps, first, last - first)
         x, first = part.module(x, ctx, state), n
     return step.run(x, steps, first, n - first) if n > first else x
@@ -54,16 +52,18 @@ def alone(sublayer: nn.Module, x: Tensor, ctx: Ctx, state: Any) -> Tensor | None
     if kept is None:
         return None
     steps, (part,) = bytearray(kept.steps), kept.parts
-    if part.seen is not None and not _look(part.seen, steps, 0, x, ctx, state):
-        return None
-    return step.run(x, steps, 0, 1)
+    return step.run(x, steps, 0, len(part.steps)) if _look(part, steps, 0, x, ctx, state) else None
 
 
-def _look(seen: Callable[..., Any], steps: bytearray, n: int, x: Tensor, ctx: Ctx, state: Any) -> bool:
-    found = seen(x, ctx, state)
-    if found is not None:
-        step.look(steps, n, found)
-    return found is not None
+def _look(part: Part, steps: bytearray, first: int, x: Tensor, ctx: Ctx, state: Any) -> bool:
+    """Whether all steps of a part, the first of which has this number, can be told what they see."""
+    for n, each in enumerate(part.steps, first):
+        if each.seen is not None:
+            found = each.seen(x, ctx, state if each.name is None else state[each.name])
+            if found is None:
+                return False
+            step.look(steps, n, found)
+    return True
 
 
 def _kept(owner: nn.Module, x: Tensor, ctx: Ctx) -> Kept | None:
@@ -76,14 +76,40 @@ def _kept(owner: nn.Module, x: Tensor, ctx: Ctx) -> Kept | None:
     return kept if kept.steps else None
 
 
+class Step(NamedTuple):
+    """What the kernel takes, and what tells it what it sees; `name`: where in its sublayer's state its own is."""
+
+    packed: bytes
+    seen: Callable[..., tuple[int, ...] | None] | None
+    name: str | None
+
+
 class Part(NamedTuple):
-    """A module that is called as f(x, ctx, state), and where in the states its own is."""
+    """A module that is called as f(x, ctx, state), and where in the states its own is; its steps, if it can be some."""
 
     module: nn.Module
     layer: int
     name: str | None = None
-    step: bytes | None = None  # what it is as a step
-    seen: Callable[..., Any] | None = None
+    steps: Sequence[Step] = ()
+
+
+def of(
+    x: Tensor, fn: nn.Module, before: nn.Module | None, after: nn.Module | None = None, *, scale: float = 1.0,
+    aside: bool = False, name: str | None = None,
+) -> Step | None:  # fmt: skip
+    """x + scale after(fn(before(x))) as a step, or None; see landmark.ops.step.Frame."""
+    norms = [step.Norm() if m is None else norm(x, m) for m in (before, after)]
+    make = getattr(fn, "as_step", None)
+    if make is None or norms[0] is None or norms[1] is None:
+        return None
+    packed = make(x, step.Frame(norms[0], norms[1], scale, aside))
+    return None if packed is None else Step(packed, getattr(fn, "step_seen", None), name)
+
+
+def all_of(steps: Sequence[Step | None]) -> list[Step] | None:
+    """None if one is missing."""
+    found = [each for each in steps if each is not None]
+    return found if len(found) == len(steps) else None
 
 
 class Kept:
@@ -138,7 +164,7 @@ class Kept:
                     self.parts.append(Part(layer, i))
         else:
             self.parts.append(self._part(owner, list(owner.modules())[1:], x, 0))
-        self.steps = b"".join(part.step for part in self.parts if part.step is not None)
+        self.steps = b"".join(each.packed for part in self.parts for each in part.steps)
         self._handles = RemovableHandle.next_id  # of all hooks that there ever were
 
     def _watched(self, modules: Sequence[nn.Module]) -> bool:
@@ -150,9 +176,9 @@ class Kept:
     def _part(
         self, module: nn.Module, inside: Sequence[nn.Module], x: Tensor, layer: int, name: str | None = None
     ) -> Part:
-        make = getattr(module, "as_step", None)
+        make = getattr(module, "as_steps", None)
         made = None if make is None or module.training or self._watched(inside) else make(x)
-        return Part(module, layer, name, made, getattr(module._modules.get("fn"), "step_seen", None))
+        return Part(module, layer, name, made or ())
 
     def holds(self, x: Tensor) -> bool:
         if x.dtype != self._dtype:
@@ -178,12 +204,16 @@ def few(x: Tensor, ctx: Ctx) -> bool:
     return ctx.memo(("step", x.dtype, x.shape), lambda: ctx.past is not None and step.why_not(x) is None)
 
 
-def rms_norm(x: Tensor, module: nn.Module) -> step.Norm | None:
+def norm(x: Tensor, module: nn.Module) -> step.Norm | None:
     """A norm as the kernel takes it, else None."""
-    if type(module) is not RMSNorm or module.groups != 1 or not unhooked(module):
+    if not isinstance(module, RMSNorm | LayerNorm) or module.groups != 1 or not unhooked(module):
         return None
-    weight = module.weight
-    return step.Norm(weight, module.eps, module.offset) if weight.dtype == x.dtype and type(weight) in PLAIN else None
+    if isinstance(module, RMSNorm):
+        bias, made = None, step.Norm(module.weight.data_ptr(), 0, False, module.eps, module.offset)
+    else:
+        bias, made = module.bias, step.Norm(module.weight.data_ptr(), _at(module.bias), True, module.eps)
+    fits = (w.dtype == x.dtype and type(w) in PLAIN for w in (module.weight, bias) if w is not None)
+    return made if all(fits) else None
 
 
 def together(x: Tensor, *modules: nn.Module) -> list[step.Map] | None:

@@ -31,7 +31,23 @@ MODELS: dict[str, dict[str, Any]] = {
     "normed heads": BASE | {"architectures": ["Qwen3ForCausalLM"]},
     "shifted norms": BASE | {"architectures": ["GemmaForCausalLM"], "hidden_activation": "gelu_pytorch_tanh"},
     "scaled": BASE | {"architectures": ["LlamaForCausalLM"]},
-}
+    "between two norms": BASE | {
+        "architectures": ["Gemma2ForCausalLM"], "sliding_window": 256, "query_pre_attn_scalar": 32,
+        "attn_logit_softcapping": 5.0, "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "means taken out": {
+        "architectures": ["GPT2LMHeadModel"], "vocab_size": 90, "n_positions": 256, "n_embd": 128, "n_layer": 3,
+        "n_head": 4,
+    },
+    "side by side, normed apart": {
+        "architectures": ["GPTNeoXForCausalLM"], "vocab_size": 90, "hidden_size": 128, "intermediate_size": 160,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 256, "rotary_pct": 0.5,
+    },
+    "side by side": {
+        "architectures": ["CohereForCausalLM"], "vocab_size": 90, "hidden_size": 128, "intermediate_size": 160,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    },
+}  # fmt: skip
 
 
 def built(name: str, dtype: torch.dtype = torch.float32) -> Decoder:

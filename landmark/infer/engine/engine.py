@@ -230,7 +230,8 @@ class Engine:
         self._stats.computed_tokens += sum(work.count for work in works)
         for work, end in zip(works, ends, strict=True):
             if not work.guesses:
-                self._follow(work.run, hidden, trunk, end + 1 - work.count, work.count)
+                if trunk is not None:
+                    self._follow(work.run, hidden, trunk, end + 1 - work.count, work.count)
                 self._store.advance(work.run, work.count)
         speaking = [(work, end - len(work.guesses)) for work, end in zip(works, ends, strict=True) if work.last]
         score_prompts(self.model, works, ends, hidden)
@@ -296,8 +297,11 @@ class Engine:
         drafter = self._scheduler.drafter
         runs = [work.run for work in works]
         fresh = [(*work.run.tokens[work.run.computed :][: work.count], *work.guesses) for work in works]
+        follows = drafter is not None and drafter.follows
+        if not self.adapters.names:
+            return forward(self.model, self._store, runs, fresh, trunk=follows)
         with self.adapters.rows((work.run.ticket.adapter, work.count) for work in works):
-            return forward(self.model, self._store, runs, fresh, trunk=drafter is not None and drafter.follows)
+            return forward(self.model, self._store, runs, fresh, trunk=follows)
 
     def _say(self, runs: list[Run], logits: Tensor) -> None:
         """Draw the next token of these sequences from logits [runs, vocab], and pass it on."""
@@ -305,11 +309,12 @@ class Engine:
         tokens = self._sampler.sample(self._guided(runs, logits))
         chosen, likeliest = logprobs(self._sampler, runs, tokens, logits)
         arrived: dict[Ticket, list[Event]] = {}
+        vocab, turns = self._sampler.vocab, self._lengths.turns
         for n, (run, token) in enumerate(zip(runs, tokens, strict=True)):
             ticket = run.ticket
             if ticket.closed:
                 continue
-            if token >= self._sampler.vocab:
+            if token >= vocab:
                 self._fail([ticket], BROKEN if run.guide is None else f"its guide allows no token, or {BROKEN}")
                 continue
             run.tokens.append(token)
@@ -317,13 +322,16 @@ class Engine:
                 run.guide.accept(token)
             complete = run.guide is not None and run.guide.finished
             event = run.writer.event(token, chosen.get(n), likeliest.get(n, ()), complete)
-            arrived.setdefault(ticket, []).append(event)
+            if ticket in arrived:
+                arrived[ticket].append(event)
+            else:
+                arrived[ticket] = [event]
             if event.finish is not None:
                 self._scheduler.finish(run)
                 ticket.unfinished -= 1
-            elif run.computed in self._lengths.turns:
+            elif turns and run.computed in turns:
                 self._scheduler.again(run)
-            if len(run.row.answer) == 1 and run.writer.index == 0:
+            if len(ticket.runs) > 1 and len(run.row.answer) == 1 and run.writer.index == 0:
                 for sibling in ticket.runs[1:]:
                     self._scheduler.add(sibling)
         self._stats.new_tokens += len(tokens)
@@ -345,7 +353,7 @@ class Engine:
         for ticket, events in arrived.items():
             if ticket.closed:
                 continue
-            if ticket.request.candidates > ticket.request.n:
+            if ticket.picks:
                 events = best(ticket, events)
             done = ticket.unfinished == 0
             if done:

@@ -36,6 +36,7 @@ class Handle:
         self.done = False  # everything it will give is there
         self._events: deque[Event] = deque()
         self._arrived = threading.Condition()
+        self._awaited = 0  # threads that wait, or are about to look once more whether they have to
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
 
     @property
@@ -55,7 +56,9 @@ class Handle:
                 return
             elif self._engine.running:
                 with self._arrived:
+                    self._awaited += 1
                     self._arrived.wait_for(lambda: self._events or self.done or not self._engine.running)
+                    self._awaited -= 1
             else:
                 self._engine.step()
 
@@ -64,8 +67,7 @@ class Handle:
         if not self._engine.running and not self.done:
             raise ValueError("an engine that answers asynchronously needs its thread: call start() first")
         arrived = asyncio.Event()
-        with self._arrived:
-            self._waiter = (asyncio.get_running_loop(), arrived)
+        self._waiter = (asyncio.get_running_loop(), arrived)
         while True:
             arrived.clear()
             while self._events:
@@ -92,12 +94,14 @@ class Handle:
         return True
 
     def put(self, events: Iterable[Event], done: bool) -> tuple[asyncio.AbstractEventLoop, asyncio.Event] | None:
-        """The engine's end; returns who is to be woken in an event loop."""
-        with self._arrived:
-            self._events.extend(events)
-            self.done = self.done or done
-            self._arrived.notify_all()
-            return self._waiter
+        """The engine's end; returns who is to be woken in an event loop. Who waits says so first and looks then; here
+        it is the other way round, so nobody waits for what is there, and a lock is taken for those who wait only."""
+        self._events.extend(events)
+        self.done = self.done or done
+        if self._awaited:
+            with self._arrived:
+                self._arrived.notify_all()
+        return self._waiter
 
 
 def wake(waiters: Iterable[tuple[asyncio.AbstractEventLoop, asyncio.Event]]) -> None:

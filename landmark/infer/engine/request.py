@@ -81,11 +81,9 @@ class Ticket:
         self.unfinished = request.candidates
         self.closed = False  # nobody waits for it any more
         self.scored: list[tuple[Scored, tuple[Scored, ...]]] = []  # log-probabilities of the prompt's tokens
-
-    @property
-    def scoring(self) -> bool:
-        """Whether the prompt's log-probabilities are yet to be computed."""
-        return self.request.prompt_logprobs is not None and len(self.scored) < len(self.request.prompt) - 1
+        self.scoring = request.prompt_logprobs is not None and len(request.prompt) > 1  # these are yet to be computed
+        self.picks = request.candidates > request.n  # only the best answers are wanted
+        self.logprobs = "model" if request.logprobs is None and self.picks else request.logprobs
 
 
 class Held:

@@ -13,7 +13,7 @@ from .request import Run
 from .store import Store
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Work:
     """The next `count` tokens of a sequence; `last` if the one after them is to be drawn. The last of them may be
     `guesses`."""
@@ -77,24 +77,29 @@ class Scheduler:
     def plan(self) -> list[Work]:
         """The next call of the model: one token of everyone who writes, then as much of prompts as a chunk holds."""
         budget, works = self.chunk, []
-        at = 0
+        at, apart = 0, False  # whether they are not all alike, so that their order matters
         while at < len(self.running):
             run = self.running[at]
             at += 1
-            if (count := self._count(run, budget)) == 0:
+            length = len(run.tokens)
+            count = pending = length - run.computed
+            if pending > 1:
+                count = self.store.stop_before(run, min(pending, budget))
+                if count == 0:
+                    continue
+            end = run.computed + count
+            if end > run.covered and not self._make_room(run, end):
                 continue
-            if not self._make_room(run, run.computed + count):
-                continue
-            budget -= count if run.pending > 1 else 0
-            works.append(Work(run, count, run.computed + count == len(run.tokens)))
-        works = self._guessed(works) + self._admit(budget)
-        works.sort(key=lambda work: (work.count > 1, work.run.ticket.adapter))
+            if pending > 1:
+                budget -= count
+            apart = apart or pending > 1 or run.ticket.adapter >= 0
+            works.append(Work(run, count, end == length))
+        works = self._guessed(works)
+        admitted = self._admit(budget)
+        if apart or admitted or self.drafter is not None:
+            works += admitted
+            works.sort(key=lambda work: (work.count > 1, work.run.ticket.adapter))
         return works
-
-    def _count(self, run: Run, budget: int) -> int:
-        if run.pending == 1:
-            return 1
-        return self.store.stop_before(run, min(run.pending, budget))
 
     def _guessed(self, works: list[Work]) -> list[Work]:
         """The same with what is worth reading after sequences' last tokens; nobody gives way for it."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...models.decoder import Decoder
 from ..generate import Event
 from ..sampling import Sampler
-from .request import Request, Run, Scored, Ticket
+from .request import Run, Scored, Ticket
 from .scheduler import Work
 
 
@@ -21,8 +21,9 @@ def logprobs(
     """By row: the log-probability of the token that was drawn just now, and the likeliest tokens with theirs."""
     chosen: dict[int, float] = {}
     likeliest: dict[int, tuple[Scored, ...]] = {}
-    for which in ("model", "sampled"):
-        rows = [n for n, run in enumerate(runs) if _wanted(run.ticket.request) == which]
+    wanted = [n for n, run in enumerate(runs) if run.ticket.logprobs is not None]
+    for which in ("model", "sampled") if wanted else ():
+        rows = [n for n in wanted if runs[n].ticket.logprobs == which]
         if not rows:
             continue
         table = sampler.log_distribution(logits, rows, which)
@@ -35,10 +36,8 @@ def logprobs(
 
 def score_prompts(model: Decoder, works: Sequence[Work], ends: Sequence[int], hidden: Tensor) -> None:
     """Log-probabilities of those tokens of prompts that the call's tokens, hidden [tokens, dim], foretell."""
-    for work, end in zip(works, ends, strict=True):
+    for work, end in [(w, end) for w, end in zip(works, ends, strict=True) if w.run.ticket.scoring]:
         run, ticket = work.run, work.run.ticket
-        if not ticket.scoring:
-            continue
         first = run.computed - work.count
         foretold = ticket.request.prompt[first + 1 : run.computed + 1]
         skip = len(ticket.scored) - first  # a sequence that begins again has some of them
@@ -49,6 +48,7 @@ def score_prompts(model: Decoder, works: Sequence[Work], ends: Sequence[int], hi
         own = table.gather(1, torch.tensor(foretold[skip:], device=table.device)[:, None]).squeeze(1).tolist()
         tops = _top(table, [ticket.request.prompt_logprobs or 0] * len(own))
         ticket.scored += [((t, p), top) for t, p, top in zip(foretold[skip:], own, tops, strict=True)]
+        ticket.scoring = len(ticket.scored) < len(ticket.request.prompt) - 1
 
 
 def best(ticket: Ticket, events: Sequence[Event]) -> list[Event]:
@@ -63,10 +63,6 @@ def best(ticket: Ticket, events: Sequence[Event]) -> list[Event]:
 
     found = sorted(ticket.runs, key=likelihood, reverse=True)[: ticket.request.n]
     return [replace(event, index=n) for n, run in enumerate(found) for event in run.events]
-
-
-def _wanted(request: Request) -> str | None:
-    return "model" if request.logprobs is None and request.candidates > request.n else request.logprobs
 
 
 def _top(table: Tensor, counts: Sequence[int]) -> list[tuple[Scored, ...]]:

@@ -113,6 +113,7 @@ class Store:
         self.slots = [Slots(leaf, plan.slots) for leaf in slotted]
         self._lent = {x.untyped_storage().data_ptr(): x for slots in self.slots for x in slots.all.values()}
         self.slot_pool = Pool(plan.slots) if slotted else None
+        self._passing = [(g, group) for g, group in enumerate(self.groups) if not group.sees.everything]
         self._lines = list(range(max_batch))[::-1]
         self.device = model.device
         self.capacity = min([g.pool.count * block for g in self.groups if g.sees.everything], default=UNLIMITED)
@@ -229,11 +230,10 @@ class Store:
     def advance(self, run: Held, n: int) -> None:
         """`n` tokens of what was computed stay: remember them, give back what has fallen out of windows."""
         run.computed += n
-        if self.prefixes and not self.lengths.depends(run):
+        if self.prefixes and (run.computed // self.block != run.depth or self.slots) and not self.lengths.depends(run):
             self._remember(run)
-        for g, group in enumerate(self.groups):
-            if not group.sees.everything:
-                self._pass_by(run, g, group)
+        for g, group in self._passing:
+            self._pass_by(run, g, group)
 
     def copies(self, runs: Sequence[Held]) -> list[dict[str, Tensor]]:
         """What is in the slots of some sequences, before a call that may have to be taken back."""

@@ -1,4 +1,4 @@
-// RMSNorm (Zhang and Sennrich 2019) of one row.
+// RMSNorm (Zhang and Sennrich 2019) and LayerNorm (Ba et al. 2016) of one row.
 #pragma once
 #include "rows.h"
 
@@ -25,4 +25,21 @@ INLINE float rms_norm_row(const void *x, const void *weight, int weight_half, vo
         give(y, i, n, weight ? u * (offset + take(weight, i, n, weight_half)) : u, half);
     }
     return k;
+}
+
+// y = (x - mean) / sqrt(var + eps) weight + bias, all of one type; bias may be null.
+INLINE void layer_norm_row(const void *x, const void *weight, const void *bias, void *y, int64_t n, float eps, const int half) {
+    vf a = splat(0), b = a;
+    for (int64_t i = 0; i < n; i += W) a += take(x, i, n, half);
+    const float mean = sum(a) / (float)n;
+    for (int64_t i = 0; i < n; i += W) {
+        vf u = take(x, i, n, half) - mean;
+        for (int j = (int)(n - i); j < W; j++) u[j] = 0;
+        b += u * u;
+    }
+    const float k = 1 / sqrtf(sum(b) / (float)n + eps);
+    for (int64_t i = 0; i < n; i += W) {
+        const vf u = (take(x, i, n, half) - mean) * k * take(weight, i, n, half);
+        give(y, i, n, bias ? u + take(bias, i, n, half) : u, half);
+    }
 }

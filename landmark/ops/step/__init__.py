@@ -1,5 +1,6 @@
-"""Residual sublayers of a few tokens, one after the other, in one call of a C kernel (step.c): x + scale f(norm(x)),
-where f is attention over a cache or a feed-forward function.
+"""Residual sublayers of a few tokens, one after the other, in one call of a C kernel (step.c):
+x + scale after(f(before(x))), where f is attention over a cache or a feed-forward function, and before and after are
+norms or nothing.
 
 What Python spends between the kernels of a layer is more than a small model's layer takes, and a quarter of what a
 large one's does whose weights have four bits. The same kernels run, in the same order, in one team of threads.
@@ -25,7 +26,10 @@ SOURCE = Source(Path(__file__).with_name("step.c"))
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 KINDS = {name: kind for kind, name in enumerate(ACTIVATIONS)}  # as act.h's enum
 MAX_TOKENS = 16
-_STEP = Struct(f"3P3q{'4P2q' * 4}P2q4f{decode.FIXED}")  # step.c's Step, up to what changes from token to token
+_NORM = "2Pq2f"
+_STEP = Struct(
+    f"{2 * _NORM}2P3q{'4P2q' * 4}P3q2f{decode.FIXED}"
+)  # step.c's Step, up to what changes from token to token
 _SEEN = Struct(decode.SEEN)
 SIZE = _STEP.size + _SEEN.size
 _NO_MAP = (0, 0, 0, 0, 0, 0)
@@ -42,11 +46,23 @@ class Map(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """RMSNorm by a weight of x's type."""
+    """RMSNorm, or where it is `centred` LayerNorm, by numbers of x's type at these addresses (0: none)."""
 
-    weight: Tensor
-    eps: float
-    offset: float
+    weight: int = 0
+    bias: int = 0
+    centred: bool = False
+    eps: float = 0.0
+    offset: float = 0.0
+
+
+class Frame(NamedTuple):
+    """What a step has around its function. Where it stands `aside`, it reads what the step before it read, and is added
+    to what that one came to (GPT-J's parallel sublayers)."""
+
+    before: Norm = Norm()
+    after: Norm = Norm()
+    scale: float = 1.0
+    aside: bool = False
 
 
 def why_not(x: Tensor) -> str | None:
@@ -64,33 +80,30 @@ def why_not(x: Tensor) -> str | None:
     return SOURCE.why_not() or decode.SOURCE.why_not()
 
 
-def feed_forward(norm: Norm, first: Sequence[Map], down: Map, scale: float, *, act: str) -> bytes:
-    """A step: x + scale down(act(gate(norm(x))) up(norm(x))), or with one map x + scale down(act(up(norm(x))))."""
-    return _packed(norm, first, down, scale, (0, KINDS[act]), _NO_ATTENTION)
+def feed_forward(frame: Frame, first: Sequence[Map], down: Map, act: str) -> bytes:
+    """A step of down(act(gate(x)) up(x)), or with one map of down(act(up(x)))."""
+    return _packed(frame, first, down, (0, KINDS[act]), _NO_ATTENTION)
 
 
 def attention(
-    norm: Norm, qkv: Sequence[Map], out: Map, scale: float, heads: tuple[int, int, int], interleaved: bool, *,
-    softmax: float, softcap: float | None, head_norms: tuple[Norm, Norm] | None, dtype: torch.dtype,
+    frame: Frame, qkv: Sequence[Map], out: Map, heads: tuple[int, int, int], interleaved: bool, *, softmax: float,
+    softcap: float | None, head_norms: tuple[Norm, Norm] | None, dtype: torch.dtype,
 ) -> bytes:  # fmt: skip
-    """A step: x + scale out(attention of norm(x)), once `look` has said over what. `heads`: of queries, of keys, and
-    the size of one; `softmax` multiplies scores; `head_norms` are of queries and keys; `dtype` is x's."""
-    q, k = head_norms or (None, None)
-    norms = (0, 0, softmax, softcap or 0.0, 0.0, 0.0)
-    if q is not None and k is not None:
-        norms = (q.weight.data_ptr(), k.weight.data_ptr(), softmax, softcap or 0.0, q.eps, q.offset)
-    middle = (0, 0, 0, 0, *heads, heads[2], 1, interleaved, *norms)
-    return _packed(norm, qkv, out, scale, (_answer(dtype), 0), middle)
+    """A step of out(attention), once `look` has said over what. `heads`: of queries, of keys, and the size of one;
+    `softmax` multiplies scores; `head_norms` are of queries and keys, alike but for their weights; `dtype` is x's."""
+    q, k = head_norms or (Norm(), Norm())
+    norms = (q.weight, k.weight, softmax, softcap or 0.0, q.eps, q.offset)
+    return _packed(frame, qkv, out, (_answer(dtype), 0), (0, 0, 0, 0, *heads, heads[2], 1, interleaved, *norms))
 
 
 def _packed(
-    norm: Norm, first: Sequence[Map], last: Map, scale: float, between: tuple[int, int], middle: tuple[float, ...]
+    frame: Frame, first: Sequence[Map], last: Map, between: tuple[int, int], middle: tuple[float, ...]
 ) -> bytes:
     maps = (*(m.fields for m in first), _NO_MAP, _NO_MAP)[:3]
     size = last.bytes + sum(m.bytes for m in first)
     return _STEP.pack(
-        norm.weight.data_ptr(), first[0].kind, last.kind, len(first), first[0].width, last.width,
-        *maps[0], *maps[1], *maps[2], *last.fields, *between, size, norm.eps, norm.offset, scale, 0.0, *middle,
+        *frame.before, *frame.after, first[0].kind, last.kind, len(first), first[0].width, last.width,
+        *maps[0], *maps[1], *maps[2], *last.fields, *between, size, frame.aside, frame.scale, 0.0, *middle,
     ) + bytes(_SEEN.size)  # fmt: skip
 
 

@@ -1,5 +1,5 @@
-// Residual sublayers of few tokens by one team of threads: x + scale f(norm(x)), where f is attention over what is cached or
-// a feed-forward function, one after the other.
+// Residual sublayers of few tokens by one team of threads: x + scale after(f(before(x))), where f is attention over what is
+// cached or a feed-forward function, and before and after are norms or nothing, one after the other.
 #include "act.h"
 #include "decode.h"
 #include "maps.h"
@@ -8,13 +8,20 @@
 #define STRIP 256  // elements that a thread takes at a time
 
 typedef struct {
-    const char *norm;  // [dim], of x's type
+    const char *weight, *bias;  // [dim], of x's type; without a weight there is no norm
+    int64_t centred;            // LayerNorm, else RMSNorm
+    float eps, offset;
+} Norm;
+
+typedef struct {
+    Norm before, after;
     const Kind *in_kind, *out_kind;
     int64_t count, in_n, out_n;
     Map in[3], out;  // what f begins with (queries, keys, values; gate and up; up alone), of which `count` are there; its end
     void (*answer)(const Decode *c, float *parts, char *turned);  // between them; null: `act`
     int64_t act, bytes;  // of weights
-    float eps, offset, scale, none;
+    int64_t aside;       // whether it reads what the step before read, and is added to what that one came to
+    float scale, none;
     Decode attend;  // without queries, new keys and values, and answers
 } Step;
 
@@ -64,8 +71,20 @@ INLINE Room room_for(const Step *s, int64_t m, int64_t dim, const int64_t size) 
 
 INLINE int64_t bytes_of(Room r) { return r.packs + r.floats * 4 + 2 * r.row + r.wide; }
 
-// Every thread of a team: y = x + scale f(norm(x)) for x and y [m, dim], which may be one.
-INLINE void step(const Step *s, const char *x, char *y, int64_t m, int64_t dim, int64_t threads, char *packed, const int half) {
+// Every thread of a team: rows of x [m, dim] -> y.
+INLINE void normed_rows(const Norm *n, const char *x, char *y, int64_t m, int64_t dim, const int half) {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < m; i++)
+        if (n->centred)
+            layer_norm_row(AT(x, i * dim), n->weight, n->bias, AT(y, i * dim), dim, n->eps, half);
+        else
+            rms_norm_row(AT(x, i * dim), n->weight, half, AT(y, i * dim), dim, n->eps, n->offset, half);
+}
+
+// Every thread of a team: y = base + scale after(f(before(x))); base and y [m, dim] may be one, and without a step `aside` to
+// follow so may x and y.
+INLINE void step(const Step *s, const char *x, const char *base, char *y, int64_t m, int64_t dim, int64_t threads, char *packed,
+                 const int half) {
     const int64_t size = half ? 2 : 4;
     const Room r = room_for(s, m, dim, size);
     Step own = *s;
@@ -76,10 +95,8 @@ INLINE void step(const Step *s, const char *x, char *y, int64_t m, int64_t dim, 
     for (int64_t i = 0; i < s->count; next += in[i++].out * m * size) in[i].y = next;
     own.out.y = normed + r.row;
     c->q = in[0].y, c->new_k = in[1].y, c->new_v = in[2].y, c->out = middle;
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < m; i++)
-        rms_norm_row(AT(x, i * dim), s->norm, half, AT(normed, i * dim), dim, s->eps, s->offset, half);
-    team(s->in_kind, in, s->count, normed, packed, m, s->in_n, threads);
+    if (s->before.weight) normed_rows(&s->before, x, normed, m, dim, half);
+    team(s->in_kind, in, s->count, s->before.weight ? normed : x, packed, m, s->in_n, threads);
     if (s->answer)
         s->answer(c, parts, (char *)(parts + parts_size(c)));
     else {
@@ -88,10 +105,11 @@ INLINE void step(const Step *s, const char *x, char *y, int64_t m, int64_t dim, 
             activate_any(in[0].y, s->count > 1 ? in[1].y : 0, middle, i, MIN(STRIP, m * s->out_n - i), s->act, half);
     }
     team(s->out_kind, &own.out, 1, middle, packed, m, s->out_n, threads);
+    if (s->after.weight) normed_rows(&s->after, own.out.y, own.out.y, m, dim, half);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < m * dim; i += STRIP)
         for (int64_t j = i, end = MIN(i + STRIP, m * dim); j < end; j += W)
-            give(y, j, end, take(x, j, end, half) + s->scale * take(own.out.y, j, end, half), half);
+            give(y, j, end, take(base, j, end, half) + s->scale * take(own.out.y, j, end, half), half);
 }
 
 #define ONE_THREAD 131072  // bytes of weights that a second thread would not read any sooner
@@ -102,9 +120,25 @@ INLINE void steps(const Step *s, int64_t count, const char *x, char *y, int64_t 
     for (int64_t i = 0; i < count; i++)
         room = MAX(room, bytes_of(room_for(s + i, m, dim, half ? 2 : 4))), most = MAX(most, s[i].bytes);
     if (most <= ONE_THREAD) threads = 1;
-    char *own = room_of(room);
+    const int64_t size = m * dim * (half ? 2 : 4), beside = (size + 63) / 64 * 64;
+    char *own = room_of(beside + room);
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < count; i++) step(s + i, i ? y : x, y, m, dim, threads, own, half);
+    {
+        const char *from = x, *now = x;  // what a step reads, and what it is added to
+        for (int64_t i = 0; i < count; i++) {
+            char *to = y;
+            if (s[i].aside)
+                to = (char *)now;  // which is not what it reads
+            else if (from = now, from == y && i + 1 < count && s[i + 1].aside)
+                to = own;
+            step(s + i, from, now, to, m, dim, threads, own + beside, half);
+            now = to;
+        }
+        if (now != y) {
+#pragma omp single
+            memcpy(y, now, size);
+        }
+    }
     free(own);
 }
 
