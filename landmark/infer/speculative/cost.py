@@ -5,8 +5,8 @@ from __future__ import annotations
 from ...models.decoder import Decoder
 from ...models.inspect import depth, forward_flops
 
-LAYER = 4e6  # FLOPs in whose time a layer of a model that is small is called
-CALL = 3e7  # and what comes before and after all of them: batches, draws
+LAYER = 1e6  # FLOPs in whose time a layer of a model that is small is called
+CALL = 1e7  # and what comes before and after all of them: batches, draws
 
 
 def draft_cost(draft: Decoder, model: Decoder) -> float:

@@ -15,7 +15,7 @@ from ...weights.tokenizer import Tokenizer
 from ..generate import Event, Request, request
 from ..sampling import BROKEN, Row, Sampler, Sampling
 from ..session import room_after
-from .drafters import Drafter, Proposal, distribution, said_so_far
+from .drafters import Drafter, Proposal, distribution, plainly_greedy, said_so_far
 from .pace import Cost, Pace
 from .reader import Reader
 from .verify import verify
@@ -108,22 +108,17 @@ class _Run:
 
     def _finish(self, logits: Tensor, proposal: Proposal, first: bool = False) -> Iterator[Event]:
         """Keep what may be kept of a proposal, from logits [n, k + 1, V]."""
-        n, places, vocab = logits.shape
-        if not bool(logits.isfinite().any(2).all()):
-            raise ValueError(BROKEN)
         drafts = proposal.tokens.tolist()
-        logits = self._guided(logits, drafts)
-        sampler = Sampler(vocab=vocab)
-        sampler.arrange(
-            [said_so_far(row, [*row.answer, *drafts[i][:j]]) for i, row in enumerate(self.rows) for j in range(places)]
-        )
-        p = distribution(sampler, logits.flatten(0, 1)).view(n, places, vocab)
-        uniform = torch.tensor([[row.random.random() for _ in range(places)] for row in self.rows], dtype=torch.float64)
-        uniform = uniform.to(p.device)
-        counts, next_tokens = verify(p, proposal.q, proposal.tokens.to(p.device), uniform)
+        each = zip(self.forms, self.rows, strict=True)
+        plain = all(form is None and plainly_greedy(row.settings) for form, row in each)
+        if plain and proposal.q is None:
+            counts, next_tokens = self._likeliest(logits, drafts)
+        else:
+            counts, next_tokens = self._drawn(logits, proposal, drafts)
         going, kept = [], []
-        self.guesses, self.right = places - 1, counts.tolist()
-        for i, (count, token) in enumerate(zip(counts.tolist(), next_tokens.tolist(), strict=True)):
+        n, places, _ = logits.shape
+        self.guesses, self.right = places - 1, counts
+        for i, (count, token) in enumerate(zip(counts, next_tokens, strict=True)):
             self.figures.proposed += min(count + 1, places - 1)
             self.figures.kept += count
             over = False
@@ -145,6 +140,33 @@ class _Run:
             self.reader.keep(kept)
         if len(going) < n:
             self._select(going)
+
+    def _likeliest(self, logits: Tensor, drafts: list[list[int]]) -> tuple[list[int], list[int]]:
+        """How many proposals are what is taken anyway, and what follows them."""
+        most, best = logits.max(2)
+        if not bool((most > -math.inf).all()):
+            raise ValueError(BROKEN)
+        said = best.tolist()
+        counts = [
+            next((j for j, (a, b) in enumerate(zip(row, guesses, strict=False)) if a != b), len(guesses))
+            for row, guesses in zip(said, drafts, strict=True)
+        ]
+        return counts, [row[count] for row, count in zip(said, counts, strict=True)]
+
+    def _drawn(self, logits: Tensor, proposal: Proposal, drafts: list[list[int]]) -> tuple[list[int], list[int]]:
+        """How many proposals are kept, and what follows them, in distribution as it would be without them."""
+        n, places, vocab = logits.shape
+        if not bool(logits.isfinite().any(2).all()):
+            raise ValueError(BROKEN)
+        logits = self._guided(logits, drafts)
+        sampler = Sampler(vocab=vocab)
+        sampler.arrange(
+            [said_so_far(row, [*row.answer, *drafts[i][:j]]) for i, row in enumerate(self.rows) for j in range(places)]
+        )
+        p = distribution(sampler, logits.flatten(0, 1)).view(n, places, vocab)
+        uniform = torch.tensor([[row.random.random() for _ in range(places)] for row in self.rows], dtype=torch.float64)
+        counts, next_tokens = verify(p, proposal.q, proposal.tokens.to(p.device), uniform.to(p.device))
+        return counts.tolist(), next_tokens.tolist()
 
     def _guided(self, logits: Tensor, drafts: list[list[int]]) -> Tensor:
         """What a form does not allow is impossible, at every place as far as the proposals keep to it."""
