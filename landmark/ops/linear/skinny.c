@@ -14,11 +14,12 @@
 #define EACH(half) (PASSES(half) * (int64_t)sizeof(vf))   // their bytes
 #define SPAN 128     // columns that one step of the inner loop takes
 #define ROWS 32      // rows of W that share a block of columns, where x needs blocks; else half as many
-#define MOST (W == 16 ? 8 : 4)  // rows of x at a time, by the number of registers
-#define SUMS (MOST * 3)         // the most of them times rows of W, see `together`
+#define MOST 8                  // rows of x at a time
+#define SUMS (W == 16 ? 24 : 12)  // the most of them times rows of W, by the number of registers, see `together`
 #define ALL 16                  // the most rows of x
 #define CACHE 28672  // bytes of x that the first-level cache holds beside W's stream
 #define BLOCK 16384  // bytes of x in a block of columns, if all of it is more than CACHE
+#define NEXT (W == 16 ? 1 : 3)  // rows of a block to prefetch ahead, at least
 #define AHEAD 8192   // bytes to prefetch ahead where W is read in order: once, so into the nearest cache alone
 
 INLINE vf vector(const char *p) {
@@ -34,7 +35,7 @@ typedef struct {  // where some rows of W go on
 
 // Adds vector u of R rows of W times M rows of x, of which packed x has m, to acc[R][M]: where bfloat16 is widened, the even
 // columns before the odd ones, so that one register a row of W will do.
-INLINE void step(Rows at, const char *x, vf *acc, int u, const int R, const int M, const int half) {
+INLINE void step(Rows at, const char *x, int64_t m, vf *acc, int u, const int R, const int M, const int half) {
 #pragma GCC unroll 2
     for (int p = 0; p < PASSES(half); p++) {
         vf v[4];
@@ -42,9 +43,12 @@ INLINE void step(Rows at, const char *x, vf *acc, int u, const int R, const int 
             v[r] = vector(at.w + r * at.wide + u * sizeof(vf));
             if (PASSES(half) == 2) v[r] = (vf)(p ? (vu)v[r] & 0xffff0000 : (vu)v[r] << 16);
         }
-        for (int i = 0; i < M; i++)
+        for (int i = 0; i < M; i++) {
+            vf y = vector(x + (p * m + i) * sizeof(vf));
+#if defined(__AVX2__) && W == 8
+            if (R > 1) __asm__("" : "+x"(y));  // loaded once, not with each product: there are two loads a cycle, and two products
+#endif
             for (int r = 0; r < R; r++) {
-                const vf y = vector(x + (i * PASSES(half) + p) * sizeof(vf));
 #if PAIRS
                 if (half) {
                     acc[r * M + i] = (vf)_mm512_dpbf16_ps((__m512)acc[r * M + i], (__m512bh)v[r], (__m512bh)y);
@@ -53,6 +57,7 @@ INLINE void step(Rows at, const char *x, vf *acc, int u, const int R, const int 
 #endif
                 acc[r * M + i] += v[r] * y;
             }
+        }
         IN_ORDER;
     }
 }
@@ -69,7 +74,7 @@ INLINE void strip(Rows at, const char *x, int64_t m, int64_t n, int first, vf *p
         for (int r = 0; r < R; r++)
             for (int b = 0; b < SPAN * SIZE(half); b += 64) __builtin_prefetch(at.w + at.ahead + r * at.wide + b, 0, 0);
 #pragma GCC unroll 4
-        for (int u = 0; u < SPAN / lanes; u++, x += m * EACH(half)) step(at, x, acc, u, R, M, half);
+        for (int u = 0; u < SPAN / lanes; u++, x += m * EACH(half)) step(at, x, m, acc, u, R, M, half);
         at.w += SPAN * SIZE(half);
     }
 #pragma GCC unroll 1
@@ -81,7 +86,7 @@ INLINE void strip(Rows at, const char *x, int64_t m, int64_t n, int first, vf *p
             for (int r = 0; r < R; r++) memcpy(last[r], at.w + r * at.wide + u * lanes * SIZE(half), n * SIZE(half));
             end.w = last[0], end.wide = sizeof last[0], v = 0;
         }
-        step(end, x, acc, v, R, M, half);
+        step(end, x, m, acc, v, R, M, half);
     }
     for (int i = 0; i < M; i++)
         for (int r = 0; r < R; r++) part[i * ROWS + r] = acc[r * M + i];
@@ -89,13 +94,23 @@ INLINE void strip(Rows at, const char *x, int64_t m, int64_t n, int first, vf *p
 
 #define NEAR 1048576  // bytes of W that are likely to be in a cache
 
+// Rows of x at a time, of m: where there are few registers, as evenly as they go.
+INLINE int64_t at_once(int64_t m) {
+    const int64_t passes = (m + MOST - 1) / MOST;
+    return W == 16 ? MOST : (m + passes - 1) / passes;
+}
+
 // Rows of W at a time, of `left`, for m rows of x: the more, the less often x is read, and the more sums are under way, which wait
 // for each other; as many as there are registers for them. `blocks`: x does not fit the cache.
 INLINE int together(int64_t m, int64_t left, const int blocks, const int near) {
-    const int four = MOST == 4 ? m <= 2 : near && m <= 4, three = MOST == 4 || (blocks && m >= MOST);
-    if (four && left >= 4) return 4;
-    if (three && left > 2 && left != 4) return 3;
-    return (MOST == 4 || m > 4 || blocks) && left > 1 ? 2 : 1;
+#if W == 16
+    if (near && m <= 4 && left >= 4) return 4;
+    if (blocks && m >= MOST && left > 2 && left != 4) return 3;
+    return (m > 4 || blocks) && left > 1 ? 2 : 1;
+#else
+    static const int8_t rows[MOST + 1] = {0, 4, 4, 3, 2, 2, 2, 1, 1};
+    return (int)MIN(rows[at_once(m)], left);
+#endif
 }
 
 INLINE void strips(Rows at, const char *x, int64_t m, int64_t some, int64_t n, int first, vf *part, const int R,
@@ -114,16 +129,17 @@ INLINE void strips(Rows at, const char *x, int64_t m, int64_t some, int64_t n, i
 #undef STRIP
 }
 
-// COLUMNS of x from the k-th, which is packed as [n / lanes][m][EACH], zero-padded: one stream, whatever m.
+// COLUMNS of x from the k-th, which is packed as [n / lanes][PASSES][m] vectors, zero-padded: one stream, whatever m, and neighbours
+// that are loaded at once are half a line apart (two halves of one kind share a bank on Zen 3).
 INLINE void pack(const char *x, char *packed, int64_t m, int64_t n, int64_t k, const int half) {
     const int64_t lanes = LANES(half), end = MIN(n, k + COLUMNS);
     packed += k / lanes * m * EACH(half);
-    for (; k < end; k += lanes)
-        for (int64_t i = 0; i < m; i++, packed += EACH(half)) {
+    for (; k < end; k += lanes, packed += m * EACH(half))
+        for (int64_t i = 0; i < m; i++) {
             vf own = splat(0);
             memcpy(&own, x + (i * n + k) * SIZE(half), MIN(lanes, n - k) * SIZE(half));
             const vf parts[2] = {half && !PAIRS ? (vf)((vu)own << 16) : own, (vf)((vu)own & 0xffff0000)};
-            memcpy(packed, parts, EACH(half));
+            for (int p = 0; p < PASSES(half); p++) memcpy(packed + (p * m + i) * sizeof(vf), parts + p, sizeof(vf));
         }
 }
 
@@ -147,12 +163,14 @@ INLINE void part(const Map *map, const char *packed, int64_t m, int64_t n, int64
         for (int64_t k = 0; k < n; k += width)
             for (int64_t r = 0, R; r < rows; r += R) {
                 R = together(m, rows - r, width < n, near);
-                const int64_t far = o * wide + (k + width) * SIZE(half);  // where the next block of columns begins
                 Rows at = {map->w + (o + r) * wide + k * SIZE(half), wide, AHEAD};
-                if (width < n) at.ahead = r + R < rows || k + width >= n ? R * wide : map->w + far - at.w;
-                for (int64_t i = 0; i < m; i += MOST) {
-                    const char *x = packed + k / LANES(half) * m * EACH(half) + i * EACH(half);
-#define STRIPS(R) strips(at, x, m, m - i, MIN(width, n - k), k == 0, acc[i] + r, R, half)
+                if (width < n) {  // rows of this block, or the first ones of the next
+                    const int64_t on = r + MAX(R, NEXT), over = on - rows;
+                    at.ahead = over < 0 ? (on - r) * wide : k + width < n ? (over - r) * wide + width * SIZE(half) : (on - r) * wide - k * SIZE(half);
+                }
+                for (int64_t i = 0; i < m; i += at_once(m)) {
+                    const char *x = packed + k / LANES(half) * m * EACH(half) + i * sizeof(vf);
+#define STRIPS(R) strips(at, x, m, MIN(m - i, at_once(m)), MIN(width, n - k), k == 0, acc[i] + r, R, half)
                     switch (R) {
                         case 1: STRIPS(1); break;
                         case 2: STRIPS(2); break;
