@@ -31,11 +31,11 @@ PLAIN = (Tensor, Parameter)
 def through(layers: nn.ModuleList, x: Tensor, ctx: Ctx, states: Sequence[Any]) -> Tensor | None:
     """x after all layers; None if none of their sublayers can be a step. Of a layer that is a module dict, each of its
     values is called with its part of the state, and otherwise the layer."""
-    kept = _kept(layers, x, ctx)
-    if kept is None:
+    plan = _plan(layers, x, ctx)
+    if plan is None:
         return None
-    steps, first, n = bytearray(kept.steps), 0, 0
-    for part in kept.parts:
+    steps, first, n = bytearray(plan.packed), 0, 0
+    for part in plan.parts:
         state = states[part.layer] if part.name is None else states[part.layer][part.name]
         last, n = n, n + len(part.steps)
         if part.steps and _look(part, steps, last, x, ctx, state):
@@ -48,10 +48,10 @@ def through(layers: nn.ModuleList, x: Tensor, ctx: Ctx, states: Sequence[Any]) -
 
 def alone(sublayer: nn.Module, x: Tensor, ctx: Ctx, state: Any) -> Tensor | None:
     """A sublayer of x in a call of its own, or None."""
-    kept = _kept(sublayer, x, ctx)
-    if kept is None:
+    plan = _plan(sublayer, x, ctx)
+    if plan is None:
         return None
-    steps, (part,) = bytearray(kept.steps), kept.parts
+    steps, (part,) = bytearray(plan.packed), plan.parts
     return step.run(x, steps, 0, len(part.steps)) if _look(part, steps, 0, x, ctx, state) else None
 
 
@@ -66,14 +66,15 @@ def _look(part: Part, steps: bytearray, first: int, x: Tensor, ctx: Ctx, state: 
     return True
 
 
-def _kept(owner: nn.Module, x: Tensor, ctx: Ctx) -> Kept | None:
+def _plan(owner: nn.Module, x: Tensor, ctx: Ctx) -> Plan | None:
     """None if nothing of it is a step."""
     if owner.training or not few(x, ctx):
         return None
     kept: Kept | None = owner.__dict__.get("_kept")
     if kept is None or not kept.holds(x):
         kept = owner.__dict__["_kept"] = Kept(owner, x)
-    return kept if kept.steps else None
+    plan = kept.plan
+    return plan if plan.packed else None
 
 
 class Step(NamedTuple):
@@ -91,6 +92,13 @@ class Part(NamedTuple):
     layer: int
     name: str | None = None
     steps: Sequence[Step] = ()
+
+
+class Plan(NamedTuple):
+    """Parts in their order, and all their steps one after the other."""
+
+    parts: Sequence[Part]
+    packed: bytes
 
 
 def of(
@@ -120,18 +128,8 @@ class Kept:
     """
 
     __slots__ = (
-        "_addresses",
-        "_dtype",
-        "_handles",
-        "_hooked",
-        "_names",
-        "_owner",
-        "_tensors",
-        "_whats",
-        "_wheres",
-        "parts",
-        "steps",
-    )
+        "_addresses", "_dtype", "_handles", "_hooked", "_names", "_owner", "_tensors", "_whats", "_wheres", "plan",
+    )  # fmt: skip
 
     def __init__(self, owner: nn.Module, x: Tensor) -> None:
         self._owner, self._dtype = owner, x.dtype
@@ -147,29 +145,26 @@ class Kept:
         self._wheres, self._names, self._whats = (list(column) for column in zip(*places, strict=True))
         self._tensors = [what for what in self._whats if isinstance(what, Tensor)]
         self._addresses = [t.data_ptr() for t in self._tensors]
-        self._arrange(x)
+        self.plan = self._planned(x)
 
-    def _arrange(self, x: Tensor) -> None:
+    def _planned(self, x: Tensor) -> Plan:
         """Parts and their steps, as far as nobody looks on."""
-        owner = self._owner
-        self._hooked = bool(every._global_forward_hooks or every._global_forward_pre_hooks)
-        self.parts = []
+        owner, parts = self._owner, list[Part]()
+        self._hooked, self._handles = False, RemovableHandle.next_id  # of all hooks that there ever were
         if isinstance(owner, nn.ModuleList):
             for i, layer in enumerate(owner):
                 if isinstance(layer, nn.ModuleDict) and not self._watched([layer]):
-                    self.parts += [
-                        self._part(module, list(module.modules()), x, i, name) for name, module in layer.items()
-                    ]
+                    parts += [self._part(module, list(module.modules()), x, i, name) for name, module in layer.items()]
                 else:
-                    self.parts.append(Part(layer, i))
+                    parts.append(Part(layer, i))
         else:
-            self.parts.append(self._part(owner, list(owner.modules())[1:], x, 0))
-        self.steps = b"".join(each.packed for part in self.parts for each in part.steps)
-        self._handles = RemovableHandle.next_id  # of all hooks that there ever were
+            parts.append(self._part(owner, list(owner.modules())[1:], x, 0))
+        return Plan(parts, b"".join(each.packed for part in parts for each in part.steps))
 
     def _watched(self, modules: Sequence[nn.Module]) -> bool:
-        """Whether somebody has a hook on one of them."""
-        watched = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+        """Whether somebody has a hook on one of them, or on all modules there are."""
+        watched = bool(every._global_forward_hooks or every._global_forward_pre_hooks)
+        watched = watched or any(m._forward_hooks or m._forward_pre_hooks for m in modules)
         self._hooked = self._hooked or watched
         return watched
 
@@ -188,7 +183,7 @@ class Kept:
         if list(map(Tensor.data_ptr, self._tensors)) != self._addresses:
             return False
         if self._hooked or self._handles != RemovableHandle.next_id:
-            self._arrange(x)
+            self.plan = self._planned(x)
         return True
 
     def __reduce__(self) -> Any:

@@ -174,6 +174,11 @@ def test_hooks_and_changed_weights_count(monkeypatch: pytest.MonkeyPatch) -> Non
         torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
     assert calls == [2, 1, 1, 2] * 5 and seen.count("Block") == 6  # a watched layer is called, its sublayers one by one
     handle.remove()
+    every = nn.modules.module.register_module_forward_hook(lambda m, i, o: None)
+    with counted(monkeypatch) as calls:
+        logits(model)
+    assert not calls  # somebody looks at all modules there are
+    every.remove()
     scaled = model.get_submodule("layers.1.ffn")
     assert isinstance(scaled, residual.PreNorm)
     scaled.scale = 0.5
