@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
@@ -259,7 +260,10 @@ def create_app(models: Sequence[Served | ServedEncoder], limits: Limits = Limits
             engine.start()
         server.draining = False
         trimming = asyncio.create_task(keep_trim())
+        gc.collect()
+        gc.freeze()  # models and modules stay; looking through them again would stop all answers for a while
         yield
+        gc.unfreeze()
         trimming.cancel()
         server.draining = True
         for engine in engines:

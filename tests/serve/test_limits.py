@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
 import threading
@@ -176,3 +177,10 @@ def test_what_runs_is_finished_before_the_end() -> None:
 def test_limits_that_mean_nothing(name: str) -> None:
     with pytest.raises(ValueError, match=f"the limit '{name}' is 0"):
         Limits(**{name: 0})  # type: ignore[arg-type]
+
+
+def test_what_is_there_before_the_first_request_is_not_looked_through_again() -> None:
+    """A full collection of garbage would stop all answers; models are none."""
+    with live([served()]):
+        assert gc.get_freeze_count() > 10_000
+    assert gc.get_freeze_count() == 0
