@@ -32,6 +32,7 @@ GROUPED, ROUNDED, EXACT = (Source(Path(__file__).with_name(f"{name}.c")) for nam
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 MAX_ROWS = 96  # beyond them a product of restored weights is as fast
 PIECE = 2**22  # bytes of restored weights at a time
+AT_ONCE = 2**18  # numbers of x that are rounded at a time
 ONE_THREAD = 2**17  # bytes of codes that a second thread would not read any sooner
 _pack = Struct("4P2q").pack  # maps.h's Map
 
@@ -252,7 +253,19 @@ def _pieces(codes: Tensor, side: Tensor, bits: int, rows: int, width: int, dtype
 def _restored(
     x: Tensor, codes: Tensor, side: Tensor, bias: Tensor | None, bits: int, rows: int, round_x: bool
 ) -> Tensor:
-    return _by_pieces(reference.rounded(x).to(x.dtype) if round_x else x, codes, side, bias, bits, rows)
+    return _by_pieces(_rounded(x) if round_x else x, codes, side, bias, bits, rows)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """`reference.rounded` in x's type; without gradient some rows at a time, for what it has in between is many times
+    as large."""
+    if x.requires_grad or not x.numel() or torch.compiler.is_compiling():
+        return reference.rounded(x).to(x.dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    y, step = torch.empty_like(flat), max(1, AT_ONCE // flat.shape[1])
+    for first in range(0, len(flat), step):
+        y[first : first + step] = reference.rounded(flat[first : first + step])
+    return y.view(x.shape)
 
 
 def _multiplied(x: Tensor) -> Tensor:
