@@ -154,6 +154,20 @@ def test_several_tokens_are_one_after_the_other_to_the_bit(name: str, way: str |
 
 
 @needs_kernel
+def test_what_is_no_step_stands_between_two_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OLMo 2 norms queries and keys over all heads, which the kernel does not; its feed-forwards have no norm first."""
+    torch.manual_seed(0)
+    model = landmark.build(BASE | {"architectures": ["Olmo2ForCausalLM"], "head_dim": 24}).eval()
+    assert isinstance(model, Decoder)
+    with counted(monkeypatch) as calls:
+        got = logits(model)
+    with counted(monkeypatch, use=False):
+        want = logits(model)
+    assert calls == [1] * 15
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@needs_kernel
 def test_hooks_and_changed_weights_count(monkeypatch: pytest.MonkeyPatch) -> None:
     model = built("llama")
     before = logits(model)

@@ -322,10 +322,7 @@ class Engine:
                 run.guide.accept(token)
             complete = run.guide is not None and run.guide.finished
             event = run.writer.event(token, chosen.get(n), likeliest.get(n, ()), complete)
-            if ticket in arrived:
-                arrived[ticket].append(event)
-            else:
-                arrived[ticket] = [event]
+            arrived.setdefault(ticket, []).append(event)
             if event.finish is not None:
                 self._scheduler.finish(run)
                 ticket.unfinished -= 1

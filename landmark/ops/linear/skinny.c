@@ -164,9 +164,9 @@ INLINE void part(const Map *map, const char *packed, int64_t m, int64_t n, int64
             for (int64_t r = 0, R; r < rows; r += R) {
                 R = together(m, rows - r, width < n, near);
                 Rows at = {map->w + (o + r) * wide + k * SIZE(half), wide, AHEAD};
-                if (width < n) {  // rows of this block, or the first ones of the next
-                    const int64_t on = r + MAX(R, NEXT), over = on - rows;
-                    at.ahead = over < 0 ? (on - r) * wide : k + width < n ? (over - r) * wide + width * SIZE(half) : (on - r) * wide - k * SIZE(half);
+                if (width < n) {  // rows of this block, or the first ones of the next, which may be that of the next rows
+                    const int64_t on = r + MAX(R, NEXT), last = k + width >= n, next = on >= rows;
+                    at.ahead = (next && !last ? on - rows - r : on - r) * wide + next * (last ? -k : width) * SIZE(half);
                 }
                 for (int64_t i = 0; i < m; i += at_once(m)) {
                     const char *x = packed + k / LANES(half) * m * EACH(half) + i * sizeof(vf);
