@@ -15,7 +15,7 @@ from ..ops.step import Frame, feed_forward
 from . import step
 from .linear import Linear, bare
 from .norm import NormConfig
-from .together import together
+from .together import by_pieces, owned, together
 
 
 def perceptron(x: Tensor, up: nn.Module, down: nn.Module, act: Activation) -> Tensor:
@@ -23,9 +23,13 @@ def perceptron(x: Tensor, up: nn.Module, down: nn.Module, act: Activation) -> Te
     if type(up) is Linear and type(down) is Linear and bare(up, down):
         if few.why_not(x, None, up.weight, down.weight, up.bias, down.bias) is None:
             return few.feed_forward(x, None, up.weight, down.weight, act, up_bias=up.bias, down_bias=down.bias)
-    inner = up(x)
-    out: Tensor = down(inner if act == "identity" else activate(inner, act))
-    return out
+
+    def each(x: Tensor) -> Tensor:
+        inner = up(x)
+        out: Tensor = down(inner if act == "identity" else activate(inner, act, inplace=owned(up)))
+        return out
+
+    return by_pieces(each, x, up, down)
 
 
 class MLP(nn.Module):
@@ -82,8 +86,11 @@ class GLU(nn.Module):
             weights = self.gate.weight, self.up.weight, self.down.weight
             if few.why_not(x, *weights) is None:
                 return few.feed_forward(x, *weights, self.act)
+        return by_pieces(self._each, x, self.gate, self.up, self.down) if self.norm is None else self._each(x)
+
+    def _each(self, x: Tensor) -> Tensor:
         gate, up = together(x, self.gate, self.up)
-        y = glu(gate, up, self.act)
+        y = glu(gate, up, self.act, inplace=owned(self.gate))
         del gate, up  # `down` may have their memory
         out: Tensor = self.down(y if self.norm is None else self.norm(y))
         return out

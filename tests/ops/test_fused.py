@@ -69,6 +69,19 @@ def test_glu(act: str, dtype: torch.dtype) -> None:
 
 
 @needs_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_glu_over_its_gate(dtype: torch.dtype) -> None:
+    """In place it comes to the same; gate stays where a gradient is asked for or it does not lie in one piece."""
+    gate, up = torch.randn(5, 77, dtype=dtype), torch.randn(5, 77, dtype=dtype)
+    want, alone = glu(gate, up, "silu"), activate(gate, "silu")
+    torch.testing.assert_close(glu(gate.clone(), up, "silu", inplace=True), want, rtol=0, atol=0)
+    for g in (gate.clone(), gate.t().contiguous().t(), gate.clone().requires_grad_()):
+        torch.testing.assert_close(activate(g, "silu", inplace=True).detach(), alone, rtol=0, atol=0)
+        left = gate if g.requires_grad or not g.is_contiguous() else alone
+        torch.testing.assert_close(g.detach(), left, rtol=0, atol=0)
+
+
+@needs_cpu
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_activation_far_out(act: str) -> None:
     """Values and slopes stay finite and right where exponentials overflow."""

@@ -45,22 +45,23 @@ def rms_norm(
     return reference.rms_norm(x, weight, eps, offset, groups)
 
 
-def glu(gate: Tensor, up: Tensor, act: str, *, backend: Backend | None = None) -> Tensor:
-    """Gated linear unit (Shazeer, 2020): act(gate) * up, for any name in landmark.ops.activation. Shapes are equal."""
+def glu(gate: Tensor, up: Tensor, act: str, *, inplace: bool = False, backend: Backend | None = None) -> Tensor:
+    """Gated linear unit (Shazeer, 2020): act(gate) * up, for any name in landmark.ops.activation. Shapes are equal.
+    `inplace`: what comes out may take gate's memory, where no gradient is asked for."""
     check_activation(act)
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(
             f"gate {list(gate.shape)} {gate.dtype} and up {list(up.shape)} {up.dtype} must have one shape and dtype"
         )
     if _picks_cpu(backend, gate, up):
-        return cpu.glu(gate, up, act)
+        return cpu.glu(gate, up, act, inplace)
     return reference.glu(gate, up, act)
 
 
-def activate(x: Tensor, act: str, *, backend: Backend | None = None) -> Tensor:
-    """act(x), for any name in landmark.ops.activation."""
+def activate(x: Tensor, act: str, *, inplace: bool = False, backend: Backend | None = None) -> Tensor:
+    """act(x), for any name in landmark.ops.activation; `inplace` as in `glu`."""
     check_activation(act)
-    return cpu.glu(x, None, act) if _picks_cpu(backend, x) else reference.glu(x, None, act)
+    return cpu.glu(x, None, act, inplace) if _picks_cpu(backend, x) else reference.glu(x, None, act)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, backend: Backend | None = None) -> Tensor:

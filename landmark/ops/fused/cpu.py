@@ -160,8 +160,9 @@ _rms_norm_op.register_autograd(_rms_norm_vjp, setup_context=_rms_norm_setup)
 # Activations, alone (`up` is None) or gating
 
 
-def _glu(gate: Tensor, up: Tensor | None, act: str) -> Tensor:
-    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
+def _glu(gate: Tensor, up: Tensor | None, act: str, inplace: bool = False) -> Tensor:
+    reused = inplace and gate.is_contiguous()
+    y = gate if reused else torch.empty_like(gate, memory_format=torch.contiguous_format)
     (gate, gate_ld), (up, up_ld) = _rows(gate), (None, 0) if up is None else _rows(up)
     n = y.shape[-1]
     _kernel("glu", y.dtype)(
@@ -248,4 +249,13 @@ def _rotary_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _rotary_op.register_autograd(_rotary_vjp, setup_context=_rotary_setup)
 
-rms_norm, glu, rotary = _direct(_rms_norm_op, _rms_norm), _direct(_glu_op, _glu), _direct(_rotary_op, _rotary)
+
+def glu(gate: Tensor, up: Tensor | None, act: str, inplace: bool = False) -> Tensor:
+    """As `_direct` has it."""
+    if torch.compiler.is_compiling() or learns(gate, up):
+        result: Tensor = _glu_op(gate, up, act)
+        return result
+    return _glu(gate, up, act, inplace)
+
+
+rms_norm, rotary = _direct(_rms_norm_op, _rms_norm), _direct(_rotary_op, _rotary)
