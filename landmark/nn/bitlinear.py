@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.quant.ternary import absmean, bit_linear, pack, ternary, ternary_linear
-from .linear import GroupedLinear, Linear, LinearConfig
+from .linear import GroupedLinear, Linear, LinearConfig, by_expert
 from .norm import RMSNorm
 
 
@@ -65,7 +64,7 @@ class BitExperts(GroupedLinear, Ternary):
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """x [M, in], sorted by expert, counts [experts] -> [M, out]."""
         x, weights = x if self.rms_norm is None else self.rms_norm(x), self.weight.unbind()
-        return _each(x, counts, self.out_features, lambda rows, e: bit_linear(rows, weights[e]))
+        return by_expert(x, counts, self.out_features, lambda rows, e: bit_linear(rows, weights[e]))
 
 
 class PackedBitLinear(nn.Module, Ternary):
@@ -155,7 +154,7 @@ class PackedBitExperts(nn.Module, Ternary):
             weight, scale = self.weight[e], self.weight_scale[e]
             return ternary_linear(rows, weight, scale, out=self.out_features, reciprocal=self.reciprocal)
 
-        return _each(x, counts, self.out_features, product)
+        return by_expert(x, counts, self.out_features, product)
 
 
 @torch.no_grad()
@@ -166,12 +165,3 @@ def packed_ternary(weight: Tensor) -> tuple[Tensor, Tensor]:
         return torch.stack([w for w, _ in both]), torch.stack([s for _, s in both])
     scale = absmean(weight)
     return pack(ternary(weight, scale)), scale
-
-
-def _each(x: Tensor, counts: Tensor, out: int, product: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Every expert's rows times its matrix; those without rows are passed over."""
-    if x.is_meta:
-        return x.new_empty(x.shape[0], out)
-    parts = enumerate(x.split(counts.tolist()))
-    made = [product(rows, e) for e, rows in parts if rows.shape[0]]
-    return torch.cat(made) if made else x.new_empty(0, out)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.linear import linear
+from ..ops.moe.coded import Stack
 from ..ops.quant.codes import Bits, Map, encode, exact, restore, restore_rows, room
 from ..ops.quant.codes import linear as product
-from .linear import Linear, LinearConfig
+from .linear import GroupedLinear, Linear, LinearConfig, by_expert
 
 
 class Codes(nn.Module):
@@ -40,9 +41,13 @@ class Codes(nn.Module):
 
     @torch.no_grad()
     def fill(self, weight: Tensor) -> None:
-        """Take over a weight [rows, width], as near as bits allow. Raises ValueError for 11 bits of other numbers than
-        bfloat16."""
-        self.codes, self.side = encode(weight, self.bits)
+        """Take over a weight, as `encoded` has it."""
+        self.codes, self.side = self.encoded(weight)
+
+    def encoded(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of a weight, as near as bits allow, and what they need besides. Raises ValueError for 11 bits of other
+        numbers than bfloat16."""
+        return encode(weight, self.bits)
 
     def fit(self, side: Tensor) -> None:
         """Make room for what other codes of 11 bits need besides. Raises ValueError for what does not go with a matrix
@@ -89,6 +94,9 @@ class CodedLinear(Codes):
         def build(self, linear: Linear) -> CodedLinear:
             return CodedLinear(self.bits, linear, self.round_x)
 
+        def build_experts(self, experts: GroupedLinear) -> nn.Module:
+            return experts if self.bits == 11 else CodedExperts(self.bits, experts, self.round_x)
+
     def __init__(self, bits: Bits, like: Linear, round_x: bool = False) -> None:
         weight = like.weight
         super().__init__(like.out_features, like.in_features, bits, weight.dtype, weight.device)
@@ -107,6 +115,52 @@ class CodedLinear(Codes):
     def map(self) -> Map:
         """Itself, for a call that takes several."""
         return Map(self.codes, self.side, self.bias, self.rows)
+
+
+class CodedExperts(Codes):
+    """One coded matrix an expert, in 4 or 8 bits: y = x W_e^T for rows that are sorted by expert. codes and side are
+    those of the experts, stacked; what 11 bits need besides has no size that all experts share."""
+
+    def __init__(self, bits: Bits, like: GroupedLinear, round_x: bool = False) -> None:
+        weight = like.weight
+        super().__init__(like.out_features, like.in_features, bits, weight.dtype, weight.device)
+        self.experts, self.round_x = like.experts, round_x
+        for name in ("codes", "side"):
+            self.register_buffer(name, getattr(self, name).new_zeros((self.experts, *getattr(self, name).shape)))
+
+    def reset_parameters(self) -> None:
+        self.fill(torch.randn(self.experts, self.rows, self.width) * self.width**-0.5)
+        nn.init.ones_(self.unit)
+
+    def encoded(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        codes, side = zip(*(encode(each, self.bits) for each in weight), strict=True)
+        return torch.stack(codes), torch.stack(side)
+
+    def packed_parameters(self) -> int:
+        return self.experts * super().packed_parameters()
+
+    @property
+    def weight(self) -> Tensor:
+        """[experts, rows, width], restored."""
+        dtype = self.unit.dtype
+        each = zip(self.codes, self.side, strict=True)
+        return torch.stack([restore(*own, self.bits, self.rows, self.width, dtype) for own in each])
+
+    @property
+    def stack(self) -> Stack:
+        """Itself, for a call that takes several."""
+        return Stack(self.codes, self.side, self.rows, self.width)
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """x [M, width], counts [experts] -> [M, rows]."""
+
+        def one(rows: Tensor, e: int) -> Tensor:
+            return product(rows, self.codes[e], self.side[e], None, self.bits, self.rows, round_x=self.round_x)
+
+        return by_expert(x, counts, self.rows, one)
+
+    def extra_repr(self) -> str:
+        return f"{self.experts} x {super().extra_repr()}"
 
 
 class CodedEmbedding(Codes):

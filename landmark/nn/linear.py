@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -46,6 +46,16 @@ class GroupedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}"
+
+
+def by_expert(x: Tensor, counts: Tensor, out: int, product: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Every expert's rows of x [M, in], which are sorted by expert, times its matrix -> [M, out]; experts without rows
+    are passed over."""
+    if x.is_meta:
+        return x.new_empty(x.shape[0], out)
+    parts = enumerate(x.split(counts.tolist()))
+    made = [product(rows, e) for e, rows in parts if rows.shape[0]]
+    return torch.cat(made) if made else x.new_empty(0, out)
 
 
 def unhooked(*modules: nn.Module | None) -> bool:

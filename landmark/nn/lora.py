@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..config import nearest
 from ..ops.low_rank import add_low_rank
 from .bitlinear import PackedBitLinear
-from .codes import CodedLinear
+from .codes import CodedExperts, CodedLinear
 from .linear import GroupedLinear, Linear
 
 Groups = tuple[tuple[str, slice | None], ...]  # numbers of adapters, and the tokens of each (None: all of them)
@@ -145,5 +145,7 @@ def linear_maps(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[int, .
             yield name, module, (module.experts, module.out_features, module.in_features)
         elif isinstance(module, Linear | PackedBitLinear):
             yield name, module, (module.out_features, module.in_features)
+        elif isinstance(module, CodedExperts):
+            yield name, module, (module.experts, module.rows, module.width)
         elif isinstance(module, CodedLinear):
             yield name, module, (module.rows, module.width)

@@ -18,8 +18,9 @@ from ..config import ModuleConfig
 from ..ctx import Ctx
 from ..ops.activation import Activation, activation
 from ..ops.fused import activate, glu
-from ..ops.moe import Plan, combine, few, spread
-from .linear import GroupedLinear, bare, count
+from ..ops.moe import Plan, coded, combine, few, spread
+from .codes import CodedExperts
+from .linear import GroupedLinear, bare, count, unhooked
 from .router import Router, RouterConfig, Routing
 
 
@@ -42,12 +43,28 @@ class Experts(nn.Module):
 
     def of_few(self, x: Tensor, to: Routing) -> Tensor | None:
         """A few tokens x [N, dim] through the experts of `to`, all in one call; None where that is not to be had."""
+        if (y := self._coded(x, to)) is not None:
+            return y
         if not bare(self.gate, self.up, self.down):
             return None
         gate, up, down = None if self.gate is None else self.gate.weight, self.up.weight, self.down.weight
         if few.why_not(x, gate, up, down) is not None:
             return None
         return few.feed_forward(x, gate, up, down, self.act, to.experts, to.weights, to.on_input)
+
+    def _coded(self, x: Tensor, to: Routing) -> Tensor | None:
+        """The same where all matrices are codes."""
+        maps: list[nn.Module] = [m for m in (self.gate, self.up, self.down) if m is not None]
+        stacks = [m for m in maps if type(m) is CodedExperts]
+        if len(stacks) < len(maps) or not unhooked(*maps):
+            return None
+        *inner, down = stacks
+        if coded.why_not(x, down.bits, down.round_x) is not None:
+            return None
+        return coded.feed_forward(
+            x, [m.stack for m in inner], down.stack, down.bits, down.round_x, self.act, to.experts, to.weights,
+            to.on_input,
+        )  # fmt: skip
 
 
 class MoE(nn.Module):

@@ -20,6 +20,7 @@ from torch import nn
 from ..config import nearest
 from ..models.base import Model
 from ..models.decoder import Decoder
+from ..nn.codes import CodedExperts
 from ..nn.linear import KEPT, GroupedLinear, Linear
 from ..nn.lora import Adapters, Factors, LoRA, linear_maps
 from ..weights.adapter import Adapter, read_adapter, write_adapter
@@ -67,7 +68,7 @@ def attach(
 
 def why_not(name: str, module: nn.Module) -> str | None:
     """None if a linear map can have adapters beside it, else why not."""
-    if isinstance(module, GroupedLinear):
+    if isinstance(module, GroupedLinear | CodedExperts):
         return "is a stack of experts"
     if any(f".{name}".endswith(f".{end}") for end in (*KEPT, "head.linear")):
         return "other layers read"

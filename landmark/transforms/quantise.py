@@ -18,7 +18,7 @@ from ..models.base import Model
 from ..nn.codes import CodedLinear, Codes
 from ..nn.embedding import Embedding, Head
 from ..nn.linear import KEPT
-from ..ops.quant.codes import Bits, encode
+from ..ops.quant.codes import Bits
 from .rebuild import replace_configs
 
 
@@ -38,17 +38,17 @@ def quantise(
 ) -> Model:
     """A new model in eval mode with coded weights; what is not coded it shares with the old one.
 
-    `bits` for the linear maps of its layers, `outer` for the table of tokens and the head (None: as they are); `skip`
-    names maps that stay, or the ends of their dotted names; with `round_x` coded maps round what they multiply, to 8
-    bits. Raises ValueError where the linear maps are something else already, and for 11 bits of other numbers than
-    bfloat16.
+    `bits` for the linear maps of its layers and for its experts (which stay as they are where 11 are asked for),
+    `outer` for the table of tokens and the head (None: as they are); `skip` names maps that stay, or the ends of their
+    dotted names; with `round_x` coded maps round what they multiply, to 8 bits. Raises ValueError where the linear maps
+    are something else already, and for 11 bits of other numbers than bfloat16.
     """
     new = _coded(model, bits, outer, skip, round_x)
     weights: dict[str, Tensor] = dict(model.state_dict())
     for name, module in new.named_modules():
         if isinstance(module, Codes):
             weight = weights.pop(f"{name}.weight")
-            codes, side = encode(weight, module.bits)
+            codes, side = module.encoded(weight)
             weights |= {f"{name}.codes": codes, f"{name}.side": side, f"{name}.unit": weight.new_ones(())}
     new.load_state_dict(weights, assign=True)
     new.origin = model.origin

@@ -13,7 +13,7 @@ from landmark.infer.generate import generate
 from landmark.infer.sampling import Sampling
 from landmark.models.decoder import Decoder
 from landmark.models.inspect import count, figures, forward_flops
-from landmark.nn.codes import CodedEmbedding, CodedLinear
+from landmark.nn.codes import CodedEmbedding, CodedExperts, CodedLinear
 from landmark.nn.linear import Linear
 from landmark.ops.quant.codes import Bits
 from landmark.transforms.quantise import WAYS, quantise, quantised
@@ -98,6 +98,40 @@ def test_rounded_activations_cost_little_and_are_kept(way: str, tmp_path: Path) 
         assert torch.equal(back(tokens), now)
     assert isinstance(back, Decoder)
     assert {m.round_x for m in back.modules() if isinstance(m, CodedLinear)} == {True} and back.cfg.head.round_x
+
+
+MIXTRAL = {
+    **SIZE, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_experts_are_coded_too(way: str, tmp_path: Path) -> None:
+    """Most of a sparse model's weights: near the old model, alike with few tokens and with many, saved and loaded."""
+    torch.manual_seed(0)
+    model = landmark.build(MIXTRAL).bfloat16().eval()
+    new = quantised(model, way)
+    assert isinstance(new, Decoder)
+    stacks = [m for m in new.modules() if isinstance(m, CodedExperts)]
+    assert len(stacks) == (0 if way == "bf16-11" else 6)
+    assert count(new) == count(model) and forward_flops(new, 20) == forward_flops(model, 20)
+    if stacks:
+        held = sum(m.codes.nbytes + m.side.nbytes for m in stacks)
+        assert held == sum(m.experts * m.rows * m.width for m in stacks) * (WAYS[way].bits + 0.5) / 8
+        stacks[0].fill(weight := stacks[0].weight)
+        assert far(stacks[0].weight.float(), weight.float()) < 0.01
+    tokens = torch.randint(0, 101, (2, 100))
+    with torch.no_grad():
+        assert far(new(tokens).float(), model(tokens).float()) < (0.25 if "int4" in way else 0.06)
+        landmark.save(new, tmp_path)
+        back = landmark.load(tmp_path)
+        assert torch.equal(back(tokens), new(tokens))
+    assert isinstance(back, Decoder)
+    greedy = Sampling(temperature=0, max_tokens=5, stop_ids=())
+    together = generate(back, [[1, 2, 3], [5, 6, 7, 8]], greedy)
+    alone = [generate(back, [prompt], greedy)[0] for prompt in ([1, 2, 3], [5, 6, 7, 8])]
+    assert [o.tokens for o in together] == [o.tokens for o in alone]
 
 
 def test_what_is_skipped_and_what_cannot_be() -> None:

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import choose, few, loop, native, reference, rows
+from . import choose, coded, few, loop, native, reference, rows
 
 Backend = Literal["reference", "loop", "native", "grouped_mm"]
 
@@ -101,4 +101,4 @@ def combine(y: Tensor, weights: Tensor, plan: Plan) -> Tensor:
     return reference.combine(y, weights, plan.places)
 
 
-__all__ = ["Backend", "Plan", "choose", "combine", "few", "grouped_linear", "reference", "spread", "why_not"]
+__all__ = ["Backend", "Plan", "choose", "coded", "combine", "few", "grouped_linear", "reference", "spread", "why_not"]
