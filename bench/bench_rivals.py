@@ -3,9 +3,10 @@
     python bench/bench_rivals.py [--install DIR] [--llama-python PATH] [--openvino-python PATH] [--files DIR]
         [--pairs int8/q8_0,...] [--measures decode,batch,prefill] [--rounds 5] [--quick] [--no-memory] [--json]
 
-Every program is a process of its own (bench/rivals), with two threads, on weights of one shape (Llama-3.2-1B's)
-that were drawn once. Ours and one rival are asked in turn; `ratio` is the median of ours / theirs in tokens/s, round by
-round, with its range. `cosine` is that of the logits after one prompt: both must hold the same model.
+Every program is a process of its own (bench/rivals), with two threads, on weights of one shape (Llama-3.2-1B's) that
+were drawn once; `--shape sparse` is a Mixtral of 0.8 billion, with eight experts of 1,792 in 16 layers of 1,024. Ours
+and one rival are asked in turn; `ratio` is the median of ours / theirs in tokens/s, round by round, with its range.
+`cosine` is that of the logits after one prompt: both must hold the same model.
 
 decode   one sequence, 32 tokens after a prompt of 64
 batch    eight sequences (llama.cpp: eight of its sequences in one batch), 16 tokens each after prompts of 64
@@ -52,6 +53,7 @@ from pair import show
 RIVALS = Path(__file__).with_name("rivals")
 PACKAGES = {"llama": ["llama-cpp-python", "gguf", "numpy"], "openvino": ["openvino", "openvino-genai", "numpy"]}
 SLOTS, CAPACITY, CLOSE = 8, 640, 0.999
+QUICK = {"sparse": "tiny-sparse"}
 
 
 @dataclass(frozen=True)
@@ -307,8 +309,10 @@ def main() -> None:
     parser.add_argument("--files", type=Path, help="keep weights there for a later run (about 18 GB; default: do not)")
     parser.add_argument("--pairs", help="rivals or pairs of bits, by commas; default: all")
     parser.add_argument("--measures", default=",".join(MEASURES))
-    parser.add_argument("--shape", default="llama3.2-1b", help="a published size of a Llama")
-    parser.add_argument("--quick", action="store_true", help="a tiny shape, in seconds")
+    parser.add_argument(
+        "--shape", default="llama3.2-1b", help="a published size of a Llama, or `sparse`: a small Mixtral"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, in seconds")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-memory", action="store_true")
@@ -332,7 +336,7 @@ def main() -> None:
         pairs = [pair for pair in pairs if places.has(pair)]
         if not pairs:
             parser.error("no rival is left to compare with")
-        vocab = prepare(places, "tiny" if options.quick else options.shape, pairs)
+        vocab = prepare(places, QUICK.get(options.shape, "tiny") if options.quick else options.shape, pairs)
         rows = [row for pair in pairs for row in measured(places, pair, measures, vocab, options.rounds)]
         sizes = []
         if not options.no_memory:

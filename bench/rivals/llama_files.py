@@ -1,4 +1,4 @@
-"""A Hugging Face directory of a Llama as GGUF, in bfloat16 and as llama.cpp itself quantises it.
+"""A Hugging Face directory of a Llama or a Mixtral as GGUF, in bfloat16 and as llama.cpp itself quantises it.
 
     llama_files.py DIRECTORY OUT FORMAT...
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import gguf
 import llama_cpp
 import numpy as np
-from llama_weights import divisors, interleaved, target, tensors
+from llama_weights import divisors, interleaved, stacked, target, tensors
 
 # What the layers' matrices are, and the table of tokens, which is the head too (None: as llama-quantize chooses).
 FORMATS: dict[str, tuple[int, int | None]] = {
@@ -28,7 +28,8 @@ FORMATS: dict[str, tuple[int, int | None]] = {
 
 
 def write(directory: Path, out: Path) -> None:
-    """The directory's weights in bfloat16; norms in float32, as llama.cpp wants them."""
+    """The directory's weights in bfloat16; norms and routers in float32, as llama.cpp wants
+    them."""
     hf = json.loads((directory / "config.json").read_text())
     heads, kv_heads, dim = hf["num_attention_heads"], hf["num_key_value_heads"], hf["hidden_size"]
     head_dim = hf.get("head_dim") or dim // heads
@@ -45,14 +46,17 @@ def write(directory: Path, out: Path) -> None:
     writer.add_rope_freq_base(hf["rope_theta"])
     writer.add_layer_norm_rms_eps(hf["rms_norm_eps"])
     writer.add_vocab_size(hf["vocab_size"])
+    if (experts := hf.get("num_local_experts")) is not None:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(hf["num_experts_per_tok"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     writer.add_tokenizer_model("no_vocab")
     if (scaling := hf.get("rope_scaling")) is not None:
         if scaling["rope_type"] != "llama3":
             raise ValueError(f"rope_scaling {scaling['rope_type']!r} is not written as GGUF here; only llama3")
         writer.add_tensor("rope_freqs.weight", divisors(hf["rope_theta"], head_dim, scaling))
-    for name, weight in tensors(directory / "model.safetensors").items():
-        if weight.ndim == 1:
+    for name, weight in stacked(tensors(directory / "model.safetensors")):
+        if weight.ndim == 1 or name.endswith("block_sparse_moe.gate.weight"):  # norms and routers
             writer.add_tensor(target(name), (weight.astype(np.uint32) << 16).view(np.float32))
             continue
         if name.endswith(("q_proj.weight", "k_proj.weight")):

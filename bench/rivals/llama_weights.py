@@ -1,9 +1,11 @@
-"""A Llama's weights as Hugging Face keeps them, named and ordered as llama.cpp does; needs numpy alone."""
+"""A Llama's or Mixtral's weights as Hugging Face keeps them, named and ordered as llama.cpp does; needs numpy alone."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ NAMES = {
     "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "block_sparse_moe.gate": "ffn_gate_inp", "block_sparse_moe.experts.w1": "ffn_gate_exps",
+    "block_sparse_moe.experts.w3": "ffn_up_exps", "block_sparse_moe.experts.w2": "ffn_down_exps",
 }  # fmt: skip
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
@@ -30,6 +35,18 @@ def tensors(file: Path) -> dict[str, np.ndarray]:
         name: raw[slice(*entry["data_offsets"])].view(np.uint16).reshape(entry["shape"])
         for name, entry in header.items()
     }
+
+
+def stacked(weights: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """Experts' matrices [out, in] as one [experts, out, in], named without their numbers; the others as they are."""
+    experts: dict[str, dict[int, np.ndarray]] = {}
+    for name, weight in weights.items():
+        if (found := EXPERT.fullmatch(name)) is None:
+            yield name, weight
+        else:
+            experts.setdefault(f"{found[1]}.{found[3]}", {})[int(found[2])] = weight
+    for name, each in experts.items():
+        yield name, np.stack([each[number] for number in range(len(each))])
 
 
 def target(name: str) -> str:
