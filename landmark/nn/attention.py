@@ -203,7 +203,7 @@ class Attention(nn.Module):
             return None
         return state.whole(ctx)
 
-    def as_step(self, x: Tensor, frame: Frame) -> bytes | None:
+    def as_terms(self, x: Tensor, frame: Frame) -> list[bytes] | None:
         """As landmark.nn.step has it."""
         c, norms = self.cfg, None
         if self.out_norm is not None or c.head_dim % 16:
@@ -214,10 +214,11 @@ class Attention(nn.Module):
         if first is None or last is None:
             return None
         turned = self.rope is not None and self.rope.cfg.interleaved
-        return attention_step(
+        packed = attention_step(
             frame, first, last, (c.heads, c.kv_heads, c.head_dim), turned, softmax=self.scale, softcap=c.softcap,
             head_norms=norms, dtype=x.dtype,
         )  # fmt: skip
+        return [packed]
 
     def step_seen(self, x: Tensor, ctx: Ctx, state: Cache | None) -> tuple[int, ...] | None:
         """As landmark.nn.step has it."""

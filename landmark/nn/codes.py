@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..ops.linear import linear
 from ..ops.moe.coded import Stack
-from ..ops.quant.codes import Bits, Map, encode, exact, restore, restore_rows, room
+from ..ops.quant.codes import Bits, Map, encode, exact, kind, restore, restore_rows, room
 from ..ops.quant.codes import linear as product
 from .linear import GroupedLinear, Linear, LinearConfig, by_expert
 
@@ -145,6 +145,10 @@ class CodedExperts(Codes):
         dtype = self.unit.dtype
         each = zip(self.codes, self.side, strict=True)
         return torch.stack([restore(*own, self.bits, self.rows, self.width, dtype) for own in each])
+
+    def kind(self, dtype: torch.dtype) -> int | None:
+        """The kernel for x of this type; None where there is none."""
+        return kind(self.bits, dtype, self.round_x)
 
     @property
     def stack(self) -> Stack:

@@ -52,10 +52,10 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, ctx: Ctx | None = None, state: Any = None) -> Tensor:
         return perceptron(x, self.up, self.down, self.act)
 
-    def as_step(self, x: Tensor, frame: Frame) -> bytes | None:
+    def as_terms(self, x: Tensor, frame: Frame) -> list[bytes] | None:
         """As landmark.nn.step has it."""
         first, last = step.together(x, self.up), step.linear(x, self.down)
-        return None if first is None or last is None else feed_forward(frame, first, last, self.act)
+        return None if first is None or last is None else [feed_forward(frame, first, last, self.act)]
 
 
 class GLU(nn.Module):
@@ -95,9 +95,9 @@ class GLU(nn.Module):
         out: Tensor = self.down(y if self.norm is None else self.norm(y))
         return out
 
-    def as_step(self, x: Tensor, frame: Frame) -> bytes | None:
+    def as_terms(self, x: Tensor, frame: Frame) -> list[bytes] | None:
         """As landmark.nn.step has it."""
         if self.norm is not None:
             return None
         first, last = step.together(x, self.gate, self.up), step.linear(x, self.down)
-        return None if first is None or last is None else feed_forward(frame, first, last, self.act)
+        return None if first is None or last is None else [feed_forward(frame, first, last, self.act)]

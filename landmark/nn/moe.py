@@ -18,7 +18,11 @@ from ..config import ModuleConfig
 from ..ctx import Ctx
 from ..ops.activation import Activation, activation
 from ..ops.fused import activate, glu
-from ..ops.moe import Plan, coded, combine, few, spread
+from ..ops.linear import cpu
+from ..ops.moe import Plan, choose, coded, combine, few, spread
+from ..ops.step import Frame
+from ..ops.step import experts as mixture
+from . import step
 from .codes import CodedExperts
 from .linear import GroupedLinear, bare, count, unhooked
 from .router import Router, RouterConfig, Routing
@@ -66,6 +70,19 @@ class Experts(nn.Module):
             to.on_input,
         )  # fmt: skip
 
+    def stacks(self, x: Tensor) -> list[coded.Stack] | None:
+        """All matrices as a kernel for x's type takes them, plain ones too; None where they are of several kinds."""
+        maps: list[nn.Module] = [m for m in (self.gate, self.up, self.down) if m is not None]
+        if all(type(m) is CodedExperts for m in maps):
+            return [m.stack for m in maps if type(m) is CodedExperts]
+        plain = [m.weight for m in maps if type(m) is GroupedLinear]
+        fit = all(type(w) in step.PLAIN and w.dtype == x.dtype and w.is_contiguous() for w in plain)
+        return [coded.Stack(w, None, *w.shape[1:]) for w in plain] if fit and len(plain) == len(maps) else None
+
+    def kind(self, x: Tensor) -> int | None:
+        """The kernel for x's type of their products."""
+        return self.up.kind(x.dtype) if isinstance(self.up, CodedExperts) else cpu.kind(x.dtype)
+
 
 class MoE(nn.Module):
     """sum_e weight_e expert_e(x) over a token's `active` experts e, plus shared(x) (DeepSeekMoE, Dai et al. 2024).
@@ -112,6 +129,23 @@ class MoE(nn.Module):
             y = torch.zeros_like(rows).index_copy(0, inside, self.routed(rows[inside], ctx))
         y = y.view_as(x)
         return y if self.shared is None else y + self.shared(x, ctx)
+
+    def as_terms(self, x: Tensor, frame: Frame) -> list[bytes] | None:
+        """As landmark.nn.step has it."""
+        rule, stacks, kind = self.router.rule(), self.experts.stacks(x), self.experts.kind(x)
+        if rule is None or stacks is None or kind is None or not bare(rule[0]) or (self.shared and frame.after.weight):
+            return None
+        weight, active, each = rule[0].weight, self.cfg.active, sum(s.bytes for s in stacks)
+        if choose.why_not(x.flatten(0, 1), weight) is not None or coded.SOURCE.why_not() is not None:
+            return None
+        choice, (*inner, down) = choose.packed(weight, active, rule[1]), stacks
+        doing = coded.packed(kind, inner, down, active, self.experts.act, self.router.on_input)
+        routed = [mixture(frame, choice, doing, active * each, x.dtype)]
+        if self.shared is None:
+            return routed
+        make = getattr(self.shared, "as_terms", None)
+        shared = None if make is None else make(x, frame._replace(aside=True))
+        return None if shared is None else routed + shared
 
     def routed(self, x: Tensor, ctx: Ctx | None) -> Tensor:
         """Tokens x [N, dim] (those of `ctx` that are in a sequence) through their experts."""

@@ -63,7 +63,7 @@ class PreNorm(Sublayer):
 
     def as_steps(self, x: Tensor) -> list[step.Step] | None:
         """As landmark.nn.step has it."""
-        return step.all_of([step.of(x, self.fn, self.norm, scale=self.scale)])
+        return step.of(x, self.fn, self.norm, scale=self.scale)
 
 
 class PostNorm(Sublayer):
@@ -111,7 +111,7 @@ class Sandwich(Sublayer):
 
     def as_steps(self, x: Tensor) -> list[step.Step] | None:
         """As landmark.nn.step has it."""
-        return step.all_of([step.of(x, self.fn, self.norm, self.post)])
+        return step.of(x, self.fn, self.norm, self.post)
 
 
 class Parallel(nn.Module):
@@ -148,15 +148,17 @@ class Parallel(nn.Module):
 
     def as_steps(self, x: Tensor) -> list[step.Step] | None:
         """As landmark.nn.step has it."""
-        found: list[step.Step | None] = []
+        found: list[step.Step] = []
         for name, fn in self.fns.items():
             norm, aside = self.norm, bool(found)
             if isinstance(fn, Normed):
                 if norm is not None:
                     return None
                 norm, fn = fn.norm, fn.fn
-            found.append(step.of(x, fn, norm, aside=aside, name=name))
-        return step.all_of(found)
+            if (steps := step.of(x, fn, norm, aside=aside, name=name)) is None:
+                return None
+            found += steps
+        return found
 
 
 class Normed(Sublayer):

@@ -51,6 +51,8 @@ class RouterConfig(Config, ABC, abstract=True):
 class Router(nn.Module, ABC):
     """Tokens [N, dim] -> `Routing`."""
 
+    on_input = False  # as in Routing
+
     def __init__(self, experts: int, active: int) -> None:
         super().__init__()
         self.experts, self.active = experts, active
@@ -62,9 +64,18 @@ class Router(nn.Module, ABC):
         """Who is to be told of this pass, if anyone is and there is anything to tell."""
         return ctx if self.training and len(x) else None
 
-    def direct(self, x: Tensor, linear: Linear) -> bool:
-        """Whether `choose`, which does all in one call and tells nobody, can choose for these tokens."""
-        return not self.training and bare(linear) and choose.why_not(x, linear.weight) is None
+    def rule(self) -> tuple[Linear, choose.Rule] | None:
+        """Its map and its rule as `choose` has them, which does all in one call and tells nobody; None if it cannot."""
+        return None
+
+    def direct(self, x: Tensor) -> Routing | None:
+        """By `choose`, where that can choose for these tokens."""
+        if self.training or (found := self.rule()) is None:
+            return None
+        linear, rule = found
+        if not bare(linear) or choose.why_not(x, linear.weight) is not None:
+            return None
+        return Routing(*choose.choose(x, linear.weight, self.active, rule), on_input=self.on_input)
 
     def report_use(self, ctx: Ctx, counts: Tensor, scores: Tensor, dropped: Tensor | None = None) -> None:
         """Figures of a pass: counts [E] of the choices, scores [N, E]."""
@@ -136,13 +147,8 @@ class SoftmaxTopK(Router):
 
     def forward(self, x: Tensor, ctx: Ctx | None) -> Routing:
         c = self.cfg
-        if self.direct(x, self.linear):
-            return Routing(
-                *choose.choose(
-                    x, self.linear.weight, self.active, "softmax", groups=c.groups, active_groups=c.active_groups,
-                    renormalise=c.renormalise, scale=c.scale,
-                )
-            )  # fmt: skip
+        if (direct := self.direct(x)) is not None:
+            return direct
         logits = self.linear(x)
         scores = torch.softmax(logits, -1, dtype=torch.promote_types(x.dtype, torch.float32))
         allowed = scores
@@ -164,6 +170,11 @@ class SoftmaxTopK(Router):
             if c.z:
                 told.reports.loss("router_z", z_loss(logits.to(scores.dtype)), c.z)
         return Routing(experts, weights if c.scale == 1.0 else weights * c.scale)
+
+    def rule(self) -> tuple[Linear, choose.Rule]:
+        c = self.cfg
+        rule = choose.Rule("softmax", None, c.groups, c.active_groups, renormalise=c.renormalise, scale=c.scale)
+        return self.linear, rule
 
     def even_groups(self, counts: Tensor, scores: Tensor) -> Tensor:
         """sum_i f'_i P'_i over groups: f' the mean of f in a group, P' the sum of P (Dai et al. 2024, eq. 15-17)."""
@@ -244,14 +255,8 @@ class SigmoidTopK(Float32Buffers, Router):
 
     def forward(self, x: Tensor, ctx: Ctx | None) -> Routing:
         c = self.cfg
-        if self.direct(x, self.linear):
-            return Routing(
-                *choose.choose(
-                    x, self.linear.weight, self.active, "sigmoid", bias=self.bias, groups=c.groups,
-                    active_groups=c.active_groups, best=2, renormalise=c.renormalise, scale=c.scale, rounded=False,
-                    least=1e-20,
-                )
-            )  # fmt: skip
+        if (direct := self.direct(x)) is not None:
+            return direct
         wide = torch.promote_types(x.dtype, torch.float32)
         scores = torch.nn.functional.linear(x.to(wide), self.linear.weight.to(wide)).sigmoid()
         biased = scores.detach() + self.bias
@@ -271,6 +276,13 @@ class SigmoidTopK(Float32Buffers, Router):
                 if c.balance:
                     told.reports.loss("router_balance", sequence_balance(experts, scores, told), c.balance)
         return Routing(experts, weights * c.scale)
+
+    def rule(self) -> tuple[Linear, choose.Rule]:
+        c = self.cfg
+        return self.linear, choose.Rule(
+            "sigmoid", self.bias, c.groups, c.active_groups, best=2, renormalise=c.renormalise, scale=c.scale,
+            rounded=False, least=1e-20,
+        )  # fmt: skip
 
     @torch.no_grad()
     def adjust(self, total: Callable[[Sequence[float]], list[float]]) -> None:
@@ -309,6 +321,8 @@ class SigmoidInput(Router):
     `balance` weighs the Switch loss on the softmax of the logits.
     """
 
+    on_input = True
+
     class Config(RouterConfig):
         balance: float = 0.0
 
@@ -324,8 +338,8 @@ class SigmoidInput(Router):
         self.cfg, self.linear = cfg, Linear(dim, experts, bias=False)
 
     def forward(self, x: Tensor, ctx: Ctx | None) -> Routing:
-        if self.direct(x, self.linear):
-            return Routing(*choose.choose(x, self.linear.weight, self.active, "logit"), on_input=True)
+        if (direct := self.direct(x)) is not None:
+            return direct
         logits = self.linear(x)
         best, experts = logits.topk(self.active, -1)
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -334,4 +348,7 @@ class SigmoidInput(Router):
             self.report_use(told, counts, scores.detach())
             if self.cfg.balance:
                 told.reports.loss("router_balance", balance(counts, scores, experts.numel()), self.cfg.balance)
-        return Routing(experts, best.to(wide).sigmoid(), on_input=True)
+        return Routing(experts, best.to(wide).sigmoid(), on_input=self.on_input)
+
+    def rule(self) -> tuple[Linear, choose.Rule]:
+        return self.linear, choose.Rule("logit")

@@ -1,8 +1,9 @@
 """Residual sublayers of few tokens that are one call of a kernel, as many as follow each other, and what their modules
 have to be for that.
 
-A sublayer that can be steps of such a call has a method `as_steps(x)`, and so has its function f, `as_step(x, frame)`
-for what the kernel takes; None where modules are others than the kernel knows. If f has a state, there is also
+A sublayer that can be steps of such a call has a method `as_steps(x)`, and so has its function f, `as_terms(x, frame)`
+for what the kernel takes, a step for each of the functions that f is the sum of; None where modules are others than the
+kernel knows. If f has a state, there is also
 `step_seen(x, ctx, state)`: what its queries see this time, or None where it has to be computed module by module.
 """
 
@@ -104,20 +105,14 @@ class Plan(NamedTuple):
 def of(
     x: Tensor, fn: nn.Module, before: nn.Module | None, after: nn.Module | None = None, *, scale: float = 1.0,
     aside: bool = False, name: str | None = None,
-) -> Step | None:  # fmt: skip
-    """x + scale after(fn(before(x))) as a step, or None; see landmark.ops.step.Frame."""
+) -> list[Step] | None:  # fmt: skip
+    """x + scale after(fn(before(x))) as steps, or None; see landmark.ops.step.Frame."""
     norms = [step.Norm() if m is None else norm(x, m) for m in (before, after)]
-    make = getattr(fn, "as_step", None)
+    make = getattr(fn, "as_terms", None)
     if make is None or norms[0] is None or norms[1] is None:
         return None
-    packed = make(x, step.Frame(norms[0], norms[1], scale, aside))
-    return None if packed is None else Step(packed, getattr(fn, "step_seen", None), name)
-
-
-def all_of(steps: Sequence[Step | None]) -> list[Step] | None:
-    """None if one is missing."""
-    found = [each for each in steps if each is not None]
-    return found if len(found) == len(steps) else None
+    terms = make(x, step.Frame(norms[0], norms[1], scale, aside))
+    return None if terms is None else [Step(packed, getattr(fn, "step_seen", None), name) for packed in terms]
 
 
 class Kept:

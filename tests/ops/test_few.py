@@ -144,7 +144,7 @@ def test_logits_that_are_not_numbers() -> None:
     """Choices stay within bounds, and distinct."""
     x = torch.full((1, 8), torch.nan)
     for scores in ("softmax", "sigmoid", "logit"):
-        experts, _ = choose.choose(x, torch.ones(6, 8), 4, scores, groups=3, active_groups=2)
+        experts, _ = choose.choose(x, torch.ones(6, 8), 4, choose.Rule(scores, groups=3, active_groups=2))
         assert len(set(experts[0].tolist())) == 4 and 0 <= int(experts.min()) and int(experts.max()) < 6
 
 

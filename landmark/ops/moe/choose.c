@@ -1,20 +1,8 @@
 // Which experts a few tokens pass: a linear map to logits, scores, groups, the best, and their weights, in one call.
-#include <stdlib.h>
 #include "dots.h"
+#include "experts.h"
 
 enum { SOFTMAX, SIGMOID, LOGIT };  // as choose.py lists them
-
-typedef struct {
-    const char *x, *w;    // x [tokens, dim], w [number, dim]
-    const float *bias;    // [number] of the choice alone, or null
-    int64_t *experts;     // [tokens, active], best first
-    float *weights;       // [tokens, active]
-    int64_t tokens, dim, number, active, kind;
-    int64_t groups, active_groups, best;  // a group's score is the sum of its `best` largest; one group: no limit
-    int64_t renormalise;
-    int64_t rounded;      // logits are rounded to x's type
-    double scale, least;  // least: what is added to the sum that renormalises
-} Call;
 
 // The place of the largest of n numbers that is not taken; NaN counts as the largest.
 INLINE int64_t largest_of(const float *x, const char *taken, int64_t n) {
@@ -25,7 +13,7 @@ INLINE int64_t largest_of(const float *x, const char *taken, int64_t n) {
 }
 
 // taken[i] = whether number i is outside of the best groups.
-INLINE void limit(const Call *c, const float *key, char *taken, float *score, char *chosen) {
+INLINE void limit(const Choice *c, const float *key, char *taken, float *score, char *chosen) {
     const int64_t size = c->number / c->groups;
     memset(chosen, 0, c->groups);
     for (int64_t g = 0; g < c->groups; g++) {
@@ -40,7 +28,7 @@ INLINE void limit(const Call *c, const float *key, char *taken, float *score, ch
 }
 
 // Scores of one token's logits, in their place.
-INLINE void scores(const Call *c, float *s) {
+INLINE void scores(const Choice *c, float *s) {
     const int64_t n = c->number;
     if (c->kind == LOGIT) return;
     if (c->kind == SIGMOID) {
@@ -53,7 +41,7 @@ INLINE void scores(const Call *c, float *s) {
     for (int64_t e = 0; e < n; e++) s[e] /= all;
 }
 
-INLINE void choose(const Call *c, const int half) {
+INLINE void choose(const Choice *c, const int half) {
     const int64_t row = c->dim * (half ? 2 : 4), n = c->number;
     float *s = malloc((2 * n + c->groups) * sizeof *s), *key = s + n, *score = key + n;
     char *taken = malloc(n + c->groups), *chosen = taken + n;
@@ -84,5 +72,5 @@ INLINE void choose(const Call *c, const int half) {
     free(s), free(taken);
 }
 
-void choose_f32(const Call *c) { choose(c, 0); }
-void choose_bf16(const Call *c) { choose(c, 1); }
+void choose_f32(const Choice *c) { choose(c, 0); }
+void choose_bf16(const Choice *c) { choose(c, 1); }

@@ -1,22 +1,7 @@
 // Feed-forward functions of a few tokens, each through its own experts, whose matrices are what maps.h has, codes among them:
 // y[n] = sum over j of weights[n, j] down_e (act(gate_e x[n]) up_e x[n]), e = experts[n, j]; act(up_e x[n]) without gates.
 #include "act.h"
-#include "maps.h"
-
-typedef struct {
-    const char *w, *s;            // of the first expert, as Map has them
-    int64_t rows, w_each, s_each; // of one expert; bytes from it to the next
-} Stack;
-
-typedef struct {
-    const Kind *kind;
-    const char *x;           // [tokens, dim]
-    const int64_t *experts;  // [tokens, active], -1 for none
-    const float *weights;    // [tokens, active]
-    char *y;                 // [tokens, down.rows]
-    Stack inner[2], down;    // gate and up, or up alone
-    int64_t inners, tokens, active, number, dim, act, on_input, threads;
-} Call;
+#include "experts.h"
 
 // Rows of one expert: the first of them, how many, and where they lie packed, for either product.
 typedef struct {
@@ -30,13 +15,32 @@ typedef struct {
     char *x, *inner[2], *z, *packed;     // [rows, dim], [rows, hidden] of what each of `inner` makes, [rows, down.rows]
 } Room;
 
-INLINE int64_t packed_bytes(const Kind *kind, int64_t m, int64_t n) { return (kind->room(m, n) + 63) / 64 * 64; }
+#define LINE(bytes) (((bytes) + 63) / 64 * 64)
 
-// Groups of the choices; the bytes of all that is packed at once.
-static int64_t group(const Call *c, Room *r) {
-    const int64_t choices = c->tokens * c->active, hidden = c->inner[0].rows;
-    int64_t *next = calloc(c->number, sizeof *next), bytes[2] = {0, 0};
-    if (!next) abort();
+INLINE int64_t packed_bytes(const Kind *kind, int64_t m, int64_t n) { return LINE(kind->room(m, n)); }
+
+// Bytes that a call takes, whatever is chosen.
+INLINE int64_t room(const Experts *c, const int half) {
+    const int64_t rows = c->tokens * c->active, hidden = c->inner[0].rows, size = half ? 2 : 4;
+    const int64_t packed = MAX(packed_bytes(c->kind, 1, c->dim), packed_bytes(c->kind, 1, hidden));
+    const int64_t between = LINE(rows * c->dim * size) + c->inners * LINE(rows * hidden * size) + LINE(rows * c->down.rows * size);
+    return LINE(sizeof(Room)) + LINE(rows * sizeof(Group)) + LINE((2 * rows + c->number) * 8) + rows * packed + between;
+}
+
+INLINE char *cut(char **space, int64_t bytes) {
+    char *p = *space;
+    *space += LINE(bytes);
+    return p;
+}
+
+// Groups of the choices, and what lies where.
+static void arrange(const Experts *c, char *space, const int half) {
+    const int64_t choices = c->tokens * c->active, hidden = c->inner[0].rows, size = half ? 2 : 4;
+    Room *r = (Room *)cut(&space, sizeof *r);
+    r->groups = (Group *)cut(&space, choices * sizeof(Group));
+    r->choice = (int64_t *)cut(&space, (2 * choices + c->number) * 8), r->row = r->choice + choices;
+    int64_t *next = r->row + choices, bytes[2] = {0, 0};
+    memset(next, 0, c->number * 8);
     for (int64_t i = 0; i < choices; i++)
         if (c->experts[i] >= 0) next[c->experts[i]]++;
     r->count = r->rows = 0;
@@ -52,12 +56,13 @@ static int64_t group(const Call *c, Room *r) {
         r->row[i] = c->experts[i] < 0 ? -1 : next[c->experts[i]]++;
         if (r->row[i] >= 0) r->choice[r->row[i]] = i;
     }
-    free(next);
-    return MAX(bytes[0], bytes[1]);
+    r->packed = cut(&space, MAX(bytes[0], bytes[1])), r->x = cut(&space, r->rows * c->dim * size);
+    for (int64_t i = 0; i < c->inners; i++) r->inner[i] = cut(&space, r->rows * hidden * size);
+    r->z = cut(&space, r->rows * c->down.rows * size);
 }
 
 // Every thread of a team: rows x [rows, n], packed as the `which`-th product has them, times each of `count` stacks -> y.
-INLINE void products(const Call *c, const Room *r, const char *x, int64_t n, const int which, const Stack *stacks, char *const *y,
+INLINE void products(const Experts *c, const Room *r, const char *x, int64_t n, const int which, const Stack *stacks, char *const *y,
                      int64_t count, const int half) {
     const int64_t blocks = (n + COLUMNS - 1) / COLUMNS, unit = c->kind->unit;
     int64_t all = 0;
@@ -76,7 +81,7 @@ INLINE void products(const Call *c, const Room *r, const char *x, int64_t n, con
             const int64_t own = (s->rows + unit - 1) / unit;
             if (from < own) {
                 const Map map = {s->w + g->expert * s->w_each, s->s + g->expert * s->s_each, 0,
-                                 AT(y[i % count], g->first * s->rows), s->rows, 0};
+                                 AT(y[i % count], g->first * s->rows), s->rows, s->wide};
                 c->kind->part(&map, r->packed + g->at[which], g->many, n, MAX(0, from), MIN(own, to));
             }
             from -= own, to -= own;
@@ -85,7 +90,7 @@ INLINE void products(const Call *c, const Room *r, const char *x, int64_t n, con
 }
 
 // Every thread of a team: each row's token, times its weight if that goes with inputs.
-INLINE void gathered(const Call *c, const Room *r, const int half) {
+INLINE void gathered(const Experts *c, const Room *r, const int half) {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < r->rows; i++) {
         const char *x = AT(c->x, r->choice[i] / c->active * c->dim);
@@ -95,7 +100,7 @@ INLINE void gathered(const Call *c, const Room *r, const int half) {
 }
 
 // Every thread of a team: each token's answers, added up in the order of its choices.
-INLINE void combined(const Call *c, const Room *r, const int half) {
+INLINE void combined(const Experts *c, const Room *r, const int half) {
     const int64_t out = c->down.rows;
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < c->tokens; n++)
@@ -109,29 +114,29 @@ INLINE void combined(const Call *c, const Room *r, const int half) {
 
 #define STRIP 256  // elements that a thread takes at a time
 
-INLINE void few(const Call *c, const int half) {
-    const int64_t choices = c->tokens * c->active, hidden = c->inner[0].rows, size = half ? 2 : 4;
-    Room r;
-    r.groups = malloc(MAX(1, choices) * sizeof *r.groups);
-    r.choice = malloc(MAX(1, 2 * choices) * sizeof *r.choice);
-    if (!r.groups || !r.choice) abort();
-    r.row = r.choice + choices;
-    const int64_t packs = group(c, &r), inner = (r.rows * hidden * size + 63) / 64 * 64;
-    char *space = r.packed = room_of(packs + c->inners * inner + r.rows * (c->dim + c->down.rows) * size);
-    for (int64_t i = 0; i < c->inners; i++) r.inner[i] = space + packs + i * inner;
-    r.x = space + packs + c->inners * inner, r.z = r.x + r.rows * c->dim * size;
-#pragma omp parallel num_threads(c->threads) if (c->threads > 1)
-    {
-        gathered(c, &r, half);
-        products(c, &r, r.x, c->dim, 0, c->inner, r.inner, c->inners, half);
+// Every thread of a team, in so many bytes of space as `room` says.
+INLINE void each(const Experts *c, char *space, const int half) {
+    const Room *r = (const Room *)space;
+    const int64_t hidden = c->inner[0].rows;
+#pragma omp single
+    arrange(c, space, half);
+    gathered(c, r, half);
+    products(c, r, r->x, c->dim, 0, c->inner, r->inner, c->inners, half);
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < r.rows * hidden; i += STRIP)
-            activate_any(r.inner[0], c->inners > 1 ? r.inner[1] : 0, r.inner[0], i, MIN(STRIP, r.rows * hidden - i), c->act, half);
-        products(c, &r, r.inner[0], hidden, 1, &c->down, &r.z, 1, half);
-        combined(c, &r, half);
-    }
-    free(space), free(r.choice), free(r.groups);
+    for (int64_t i = 0; i < r->rows * hidden; i += STRIP)
+        activate_any(r->inner[0], c->inners > 1 ? r->inner[1] : 0, r->inner[0], i, MIN(STRIP, r->rows * hidden - i), c->act, half);
+    products(c, r, r->inner[0], hidden, 1, &c->down, &r->z, 1, half);
+    combined(c, r, half);
 }
 
-void coded_f32(const Call *c) { few(c, 0); }
-void coded_bf16(const Call *c) { few(c, 1); }
+#define EXPORT(TYPE, HALF)                                                                    \
+    int64_t room_##TYPE(const Experts *c) { return room(c, HALF); }                           \
+    void each_##TYPE(const Experts *c, char *space) { each(c, space, HALF); }                 \
+    void coded_##TYPE(const Experts *c) {                                                     \
+        char *space = room_of(room(c, HALF));                                                 \
+        _Pragma("omp parallel num_threads(c->threads) if (c->threads > 1)") each_##TYPE(c, space); \
+        free(space);                                                                          \
+    }
+
+EXPORT(f32, 0)
+EXPORT(bf16, 1)

@@ -22,17 +22,24 @@ KERNELS = {torch.float32: "coded_f32", torch.bfloat16: "coded_bf16"}
 KINDS = {name: kind for kind, name in enumerate(ACTIVATIONS)}  # as act.h's enum
 MAX_TOKENS = 64  # beyond them one call an expert costs nothing
 ONE_THREAD = 2**17  # bytes of codes that a second thread would not read any sooner
-_pack = Struct(f"5P{3 * '2P3q'}8q").pack  # coded.c's Call
-_NONE = (0, 0, 0, 0, 0)
+_call = Struct(f"5P{3 * '2P4q'}8q")  # experts.h's Experts
+SIZE = _call.size
+_NONE = (0, 0, 0, 0, 0, 0)
 
 
 class Stack(NamedTuple):
-    """The codes of one matrix an expert, [experts, ...], what they need besides, and each matrix's rows and width."""
+    """One matrix [rows, width] an expert: its codes and what they need besides, [experts, ...] each; with no side, the
+    numbers themselves."""
 
     codes: Tensor
-    side: Tensor
+    side: Tensor | None
     rows: int
     width: int
+
+    @property
+    def bytes(self) -> int:
+        """Of one expert."""
+        return self.codes[0].nbytes
 
 
 @cache
@@ -68,20 +75,37 @@ def feed_forward(
     instead if `on_input`. With `round_x` what meets a matrix is rounded to 8 bits. -> [N, out].
     """
     x, experts, weights = x.contiguous(), experts.contiguous(), weights.contiguous()
-    (tokens, dim), active, number = x.shape, experts.shape[1], len(down.codes)
+    tokens, active, number = len(x), experts.shape[1], len(down.codes)
     y = x.new_empty(tokens, down.rows)
-    read = min(tokens * active, number) * (down.codes[0].numel() + sum(s.codes[0].numel() for s in inner))
-    places = [_place(s) for s in (*inner, down)]
-    call = _pack(
-        kind(bits, x.dtype, round_x), x.data_ptr(), experts.data_ptr(), weights.data_ptr(), y.data_ptr(), *places[0],
-        *(places[1] if len(inner) > 1 else _NONE), *places[-1], len(inner), tokens, active, number, dim, KINDS[act],
-        on_input, torch.get_num_threads() if read > ONE_THREAD else 1,
-    )  # fmt: skip
-    _kernel(x.dtype)(call)
+    read = min(tokens * active, number) * (down.bytes + sum(s.bytes for s in inner))
+    own, threads = kind(bits, x.dtype, round_x), torch.get_num_threads() if read > ONE_THREAD else 1
+    assert own is not None
+    places = x.data_ptr(), experts.data_ptr(), weights.data_ptr(), y.data_ptr(), tokens
+    _kernel(x.dtype)(packed(own, inner, down, active, act, on_input, *places, threads))
     return y
+
+
+def packed(
+    kind: int, inner: Sequence[Stack], down: Stack, active: int, act: str, on_input: bool, x: int = 0, experts: int = 0,
+    weights: int = 0, y: int = 0, tokens: int = 0, threads: int = 1,
+) -> bytes:  # fmt: skip
+    """experts.h's Experts; of tensors their addresses."""
+    places = [_place(s) for s in (*inner, down)]
+    return _call.pack(
+        kind, x, experts, weights, y, *places[0], *(places[1] if len(inner) > 1 else _NONE), *places[-1], len(inner),
+        tokens, active, len(down.codes), inner[0].width, KINDS[act], on_input, threads,
+    )  # fmt: skip
+
+
+def addresses(dtype: torch.dtype) -> tuple[int, int]:
+    """Of what says how much space a call takes, and of what the threads of a team do."""
+    suffix = KERNELS[dtype].removeprefix("coded_")
+    return SOURCE.address(f"room_{suffix}"), SOURCE.address(f"each_{suffix}")
 
 
 def _place(stack: Stack) -> tuple[int, ...]:
     codes, side = stack.codes, stack.side
-    each = codes.stride(0), side.stride(0) * side.itemsize  # a code is a byte
-    return codes.data_ptr(), side.data_ptr(), stack.rows, *each
+    each = stack.codes.stride(0) * codes.itemsize
+    if side is None:
+        return codes.data_ptr(), 0, stack.rows, stack.width, each, 0
+    return codes.data_ptr(), side.data_ptr(), stack.rows, 0, each, side.stride(0) * side.itemsize

@@ -1,6 +1,6 @@
 """Residual sublayers of a few tokens, one after the other, in one call of a C kernel (step.c):
-x + scale after(f(before(x))), where f is attention over a cache or a feed-forward function, and before and after are
-norms or nothing.
+x + scale after(f(before(x))), where f is attention over a cache, a feed-forward function or experts, and before and
+after are norms or nothing.
 
 What Python spends between the kernels of a layer is more than a small model's layer takes, and a quarter of what a
 large one's does whose weights have four bits. The same kernels run, in the same order, in one team of threads.
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..activation import ACTIVATIONS
 from ..attention import decode
+from ..moe import choose, coded
 from ..native import Source
 
 SOURCE = Source(Path(__file__).with_name("step.c"))
@@ -28,12 +29,12 @@ KINDS = {name: kind for kind, name in enumerate(ACTIVATIONS)}  # as act.h's enum
 MAX_TOKENS = 16
 _NORM = "2Pq2f"
 _STEP = Struct(
-    f"{2 * _NORM}2P3q{'4P2q' * 4}P3q2f{decode.FIXED}"
+    f"{2 * _NORM}2P3q{'4P2q' * 4}P3q2f3P{choose.SIZE}s{coded.SIZE}s{decode.FIXED}"
 )  # step.c's Step, up to what changes from token to token
 _SEEN = Struct(decode.SEEN)
 SIZE = _STEP.size + _SEEN.size
-_NO_MAP = (0, 0, 0, 0, 0, 0)
 _NO_ATTENTION = (0,) * 12 + (0.0,) * 4
+_NO_EXPERTS = (0, 0, 0, b"", b"")
 
 
 class Map(NamedTuple):
@@ -43,6 +44,9 @@ class Map(NamedTuple):
     fields: tuple[int, ...]  # of maps.h's Map
     width: int
     bytes: int
+
+
+_NO_WEIGHTS = Map(0, (0, 0, 0, 0, 0, 0), 0, 0)
 
 
 class Norm(NamedTuple):
@@ -82,7 +86,14 @@ def why_not(x: Tensor) -> str | None:
 
 def feed_forward(frame: Frame, first: Sequence[Map], down: Map, act: str) -> bytes:
     """A step of down(act(gate(x)) up(x)), or with one map of down(act(up(x)))."""
-    return _packed(frame, first, down, (0, KINDS[act]), _NO_ATTENTION)
+    return _packed(frame, first, down, (0, KINDS[act]))
+
+
+def experts(frame: Frame, choice: bytes, each: bytes, bytes_read: int, dtype: torch.dtype) -> bytes:
+    """A step of experts, as `choose.packed` and `coded.packed` have what chooses them and what they do; a token reads
+    so many bytes of them; `dtype` is x's."""
+    own = (choose.address(dtype), *coded.addresses(dtype), choice, each)
+    return _packed(frame, (), _NO_WEIGHTS, (0, 0), bytes_read=bytes_read, experts=own)
 
 
 def attention(
@@ -93,17 +104,20 @@ def attention(
     `softmax` multiplies scores; `head_norms` are of queries and keys, alike but for their weights; `dtype` is x's."""
     q, k = head_norms or (Norm(), Norm())
     norms = (q.weight, k.weight, softmax, softcap or 0.0, q.eps, q.offset)
-    return _packed(frame, qkv, out, (_answer(dtype), 0), (0, 0, 0, 0, *heads, heads[2], 1, interleaved, *norms))
+    middle = (0, 0, 0, 0, *heads, heads[2], 1, interleaved, *norms)
+    return _packed(frame, qkv, out, (_answer(dtype), 0), middle=middle)
 
 
 def _packed(
-    frame: Frame, first: Sequence[Map], last: Map, between: tuple[int, int], middle: tuple[float, ...]
-) -> bytes:
-    maps = (*(m.fields for m in first), _NO_MAP, _NO_MAP)[:3]
-    size = last.bytes + sum(m.bytes for m in first)
+    frame: Frame, first: Sequence[Map], last: Map, between: tuple[int, int], *, bytes_read: int = 0,
+    experts: tuple[Any, ...] = _NO_EXPERTS, middle: tuple[float, ...] = _NO_ATTENTION,
+) -> bytes:  # fmt: skip
+    maps = (*first, *[_NO_WEIGHTS] * 3)[:3]
+    size = bytes_read + last.bytes + sum(m.bytes for m in first)
     return _STEP.pack(
-        *frame.before, *frame.after, first[0].kind, last.kind, len(first), first[0].width, last.width,
-        *maps[0], *maps[1], *maps[2], *last.fields, *between, size, frame.aside, frame.scale, 0.0, *middle,
+        *frame.before, *frame.after, maps[0].kind, last.kind, len(first), maps[0].width, last.width,
+        *(field for m in maps for field in m.fields), *last.fields, *between, size, frame.aside, frame.scale, 0.0,
+        *experts, *middle,
     ) + bytes(_SEEN.size)  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 // Residual sublayers of few tokens by one team of threads: x + scale after(f(before(x))), where f is attention over what is
-// cached or a feed-forward function, and before and after are norms or nothing, one after the other.
+// cached, a feed-forward function or experts, and before and after are norms or nothing, one after the other.
 #include "act.h"
 #include "decode.h"
-#include "maps.h"
+#include "experts.h"
 #include "norm.h"
 
 #define STRIP 256  // elements that a thread takes at a time
@@ -22,6 +22,12 @@ typedef struct {
     int64_t act, bytes;  // of weights
     int64_t aside;       // whether it reads what the step before read, and is added to what that one came to
     float scale, none;
+    // f is experts where `choose` is not null: what chooses them, what they do in how much space, and their threads' work.
+    void (*choose)(const Choice *c);
+    int64_t (*room)(const Experts *c);
+    void (*each)(const Experts *c, char *space);
+    Choice choice;    // without tokens, and what goes in and comes out, which `experts` lack too
+    Experts experts;
     Decode attend;  // without queries, new keys and values, and answers
 } Step;
 
@@ -40,6 +46,11 @@ typedef struct {
 } Room;
 
 INLINE Room room_for(const Step *s, int64_t m, int64_t dim, const int64_t size) {
+    if (s->choose) {
+        Experts experts = s->experts;
+        experts.tokens = m;
+        return (Room){s->room(&experts), m * experts.active * 3, m * dim * size, 0};
+    }
     Room r = {MAX(s->in_kind->room(m, s->in_n), s->out_kind->room(m, s->out_n)), 0, m * dim * size, s->out_n * m * size};
     for (int64_t i = 0; i < s->count; i++) r.wide += s->in[i].out * m * size;
     r.packs = (r.packs + 63) / 64 * 64;
@@ -59,22 +70,23 @@ INLINE void normed_rows(const Norm *n, const char *x, char *y, int64_t m, int64_
             rms_norm_row(AT(x, i * dim), n->weight, half, AT(y, i * dim), dim, n->eps, n->offset, half);
 }
 
-// Every thread of a team: y = base + scale after(f(before(x))); base and y [m, dim] may be one, and without a step `aside` to
-// follow so may x and y.
-INLINE void step(const Step *s, const char *x, const char *base, char *y, int64_t m, int64_t dim, int64_t threads, char *packed,
-                 const int half) {
-    const int64_t size = half ? 2 : 4;
-    const Room r = room_for(s, m, dim, size);
-    Step own = *s;
-    Map *in = own.in;
-    Decode *c = &own.attend;
-    float *parts = (float *)(packed + r.packs);
-    char *normed = (char *)(parts + r.floats), *middle = normed + 2 * r.row, *next = middle + s->out_n * m * size;
-    for (int64_t i = 0; i < s->count; next += in[i++].out * m * size) in[i].y = next;
-    own.out.y = normed + r.row;
+// Every thread of a team: x through experts -> what these have as their y.
+INLINE void mixed(Step *s, const char *x, int64_t *chosen, char *space, int64_t m, int64_t threads) {
+    Choice *c = &s->choice;
+    Experts *e = &s->experts;
+    c->x = e->x = x, c->tokens = e->tokens = m, e->threads = threads;
+    e->experts = c->experts = chosen, e->weights = c->weights = (float *)(chosen + m * c->active);
+#pragma omp single
+    s->choose(c);
+    s->each(e, space);
+}
+
+// Every thread of a team: x through the maps of a step, attention or `act` between them.
+INLINE void mapped(Step *s, const char *x, char *packed, float *parts, char *middle, int64_t m, int64_t threads, const int half) {
+    Map *in = s->in;
+    Decode *c = &s->attend;
     c->q = in[0].y, c->new_k = in[1].y, c->new_v = in[2].y, c->out = middle;
-    if (s->before.weight) normed_rows(&s->before, x, normed, m, dim, half);
-    team(s->in_kind, in, s->count, s->before.weight ? normed : x, packed, m, s->in_n, threads);
+    team(s->in_kind, in, s->count, x, packed, m, s->in_n, threads);
     if (s->answer)
         s->answer(c, parts, (char *)(parts + parts_size(c)));
     else {
@@ -82,12 +94,33 @@ INLINE void step(const Step *s, const char *x, const char *base, char *y, int64_
         for (int64_t i = 0; i < m * s->out_n; i += STRIP)
             activate_any(in[0].y, s->count > 1 ? in[1].y : 0, middle, i, MIN(STRIP, m * s->out_n - i), s->act, half);
     }
-    team(s->out_kind, &own.out, 1, middle, packed, m, s->out_n, threads);
-    if (s->after.weight) normed_rows(&s->after, own.out.y, own.out.y, m, dim, half);
+    team(s->out_kind, &s->out, 1, middle, packed, m, s->out_n, threads);
+}
+
+// Every thread of a team: y = base + scale after(f(before(x))); base and y [m, dim] may be one, and without a step `aside` to
+// follow so may x and y.
+INLINE void step(const Step *s, const char *x, const char *base, char *y, int64_t m, int64_t dim, int64_t threads, char *packed,
+                 const int half) {
+    const int64_t size = half ? 2 : 4;
+    const Room r = room_for(s, m, dim, size);
+    Step own = *s;
+    float *parts = (float *)(packed + r.packs);
+    char *normed = (char *)(parts + r.floats), *made = normed + r.row, *middle = made + r.row, *next = middle + s->out_n * m * size;
+    for (int64_t i = 0; i < s->count; next += own.in[i++].out * m * size) own.in[i].y = next;
+    own.out.y = own.experts.y = made;
+    if (s->before.weight) {
+        normed_rows(&s->before, x, normed, m, dim, half);
+        x = normed;
+    }
+    if (s->choose)
+        mixed(&own, x, (int64_t *)parts, packed, m, threads);
+    else
+        mapped(&own, x, packed, parts, middle, m, threads, half);
+    if (s->after.weight) normed_rows(&s->after, made, made, m, dim, half);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < m * dim; i += STRIP)
         for (int64_t j = i, end = MIN(i + STRIP, m * dim); j < end; j += W)
-            give(y, j, end, take(base, j, end, half) + s->scale * take(own.out.y, j, end, half), half);
+            give(y, j, end, take(base, j, end, half) + s->scale * take(made, j, end, half), half);
 }
 
 #define ONE_THREAD 131072  // bytes of weights that a second thread would not read any sooner
