@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.linear import linear
-from ..ops.moe.coded import Stack
+from ..ops.moe.experts import Stack
 from ..ops.quant.codes import Bits, Map, encode, exact, kind, restore, restore_rows, room
 from ..ops.quant.codes import linear as product
 from .linear import GroupedLinear, Linear, LinearConfig, by_expert

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from ..config import ModuleConfig
 from ..ctx import Ctx
+from ..ops import feedforward as few
 from ..ops.activation import Activation, activation
 from ..ops.fused import activate, glu
-from ..ops.moe import few
 from ..ops.step import Frame, feed_forward
 from . import step
 from .linear import Linear, bare

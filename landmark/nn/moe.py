@@ -19,7 +19,8 @@ from ..ctx import Ctx
 from ..ops.activation import Activation, activation
 from ..ops.fused import activate, glu
 from ..ops.linear import cpu
-from ..ops.moe import Plan, choose, coded, combine, few, spread
+from ..ops.moe import Plan, choose, combine, spread
+from ..ops.moe import experts as few
 from ..ops.step import Frame
 from ..ops.step import experts as mixture
 from . import step
@@ -47,37 +48,21 @@ class Experts(nn.Module):
 
     def of_few(self, x: Tensor, to: Routing) -> Tensor | None:
         """A few tokens x [N, dim] through the experts of `to`, all in one call; None where that is not to be had."""
-        if (y := self._coded(x, to)) is not None:
-            return y
-        if not bare(self.gate, self.up, self.down):
+        if not unhooked(self.gate, self.up, self.down) or (stacks := self.stacks(x)) is None:
             return None
-        gate, up, down = None if self.gate is None else self.gate.weight, self.up.weight, self.down.weight
-        if few.why_not(x, gate, up, down) is not None:
-            return None
-        return few.feed_forward(x, gate, up, down, self.act, to.experts, to.weights, to.on_input)
-
-    def _coded(self, x: Tensor, to: Routing) -> Tensor | None:
-        """The same where all matrices are codes."""
-        maps: list[nn.Module] = [m for m in (self.gate, self.up, self.down) if m is not None]
-        stacks = [m for m in maps if type(m) is CodedExperts]
-        if len(stacks) < len(maps) or not unhooked(*maps):
+        if (kind := self.kind(x)) is None or few.why_not(x, stacks) is not None:
             return None
         *inner, down = stacks
-        if coded.why_not(x, down.bits, down.round_x) is not None:
-            return None
-        return coded.feed_forward(
-            x, [m.stack for m in inner], down.stack, down.bits, down.round_x, self.act, to.experts, to.weights,
-            to.on_input,
-        )  # fmt: skip
+        return few.feed_forward(x, kind, inner, down, self.act, to.experts, to.weights, to.on_input)
 
-    def stacks(self, x: Tensor) -> list[coded.Stack] | None:
-        """All matrices as a kernel for x's type takes them, plain ones too; None where they are of several kinds."""
+    def stacks(self, x: Tensor) -> list[few.Stack] | None:
+        """All matrices as a kernel for x's type takes them; None where they are of several kinds."""
         maps: list[nn.Module] = [m for m in (self.gate, self.up, self.down) if m is not None]
         if all(type(m) is CodedExperts for m in maps):
             return [m.stack for m in maps if type(m) is CodedExperts]
         plain = [m.weight for m in maps if type(m) is GroupedLinear]
         fit = all(type(w) in step.PLAIN and w.dtype == x.dtype and w.is_contiguous() for w in plain)
-        return [coded.Stack(w, None, *w.shape[1:]) for w in plain] if fit and len(plain) == len(maps) else None
+        return [few.Stack(w, None, *w.shape[1:]) for w in plain] if fit and len(plain) == len(maps) else None
 
     def kind(self, x: Tensor) -> int | None:
         """The kernel for x's type of their products."""
@@ -136,10 +121,10 @@ class MoE(nn.Module):
         if rule is None or stacks is None or kind is None or not bare(rule[0]) or (self.shared and frame.after.weight):
             return None
         weight, active, each = rule[0].weight, self.cfg.active, sum(s.bytes for s in stacks)
-        if choose.why_not(x.flatten(0, 1), weight) is not None or coded.SOURCE.why_not() is not None:
+        if choose.why_not(x.flatten(0, 1), weight) is not None or few.SOURCE.why_not() is not None:
             return None
         choice, (*inner, down) = choose.packed(weight, active, rule[1]), stacks
-        doing = coded.packed(kind, inner, down, active, self.experts.act, self.router.on_input)
+        doing = few.packed(kind, inner, down, active, self.experts.act, self.router.on_input)
         routed = [mixture(frame, choice, doing, active * each, x.dtype)]
         if self.shared is None:
             return routed

@@ -10,8 +10,9 @@ from landmark.nn.feedforward import GLU, perceptron
 from landmark.nn.linear import Linear
 from landmark.nn.moe import MoE
 from landmark.nn.router import SigmoidInput, SigmoidTopK, SoftmaxTopK
-from landmark.ops.activation import ACTIVATIONS, activation
-from landmark.ops.moe import choose, few
+from landmark.ops import feedforward as few
+from landmark.ops.activation import ACTIVATIONS
+from landmark.ops.moe import choose
 
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 1.5e-2}  # of the largest element: a few roundings
 needs_kernel = pytest.mark.skipif(few.SOURCE.why_not() is not None, reason=str(few.SOURCE.why_not()))
@@ -19,52 +20,6 @@ needs_kernel = pytest.mark.skipif(few.SOURCE.why_not() is not None, reason=str(f
 
 def weights(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * shape[-1] ** -0.5
-
-
-def reference(
-    x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, act: str, experts: Tensor, scales: Tensor, on_input: bool
-) -> Tensor:
-    """Token by token, expert by expert."""
-    y = torch.zeros_like(x)
-    for n in range(len(x)):
-        for e, scale in zip(experts[n].tolist(), scales[n], strict=True):
-            if e < 0:
-                continue
-            given = x[n] * scale if on_input else x[n]
-            inner = (
-                activation(act)(up[e] @ given) if gate is None else activation(act)(gate[e] @ given) * (up[e] @ given)
-            )
-            y[n] += (down[e] @ inner) * (1 if on_input else scale)
-    return y
-
-
-@needs_kernel
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("on_input", [True, False])
-@pytest.mark.parametrize(("dim", "hidden", "number", "active"), [(64, 96, 8, 2), (37, 50, 3, 1), (130, 34, 40, 9)])
-def test_experts(
-    dim: int, hidden: int, number: int, active: int, on_input: bool, gated: bool, dtype: torch.dtype
-) -> None:
-    stacks = [
-        weights(number, *shape, seed=i).to(dtype) for i, shape in enumerate([(hidden, dim)] * 2 + [(dim, hidden)])
-    ]
-    gate, up, down = stacks if gated else (None, *stacks[1:])
-    for tokens in (1, 2, 7, 16):
-        g = torch.Generator().manual_seed(tokens)
-        x = torch.randn(tokens, dim, generator=g).to(dtype)
-        experts = torch.stack([torch.randperm(number, generator=g)[:active] for _ in range(tokens)])
-        if tokens == 7:
-            experts[3] = 0  # all choices one expert
-            experts[2, 0] = -1  # a choice that is dropped
-        scales = torch.rand(tokens, active, generator=g) + 0.1
-        with torch.no_grad():
-            assert few.why_not(x, gate, up, down) is None
-            got = few.feed_forward(x, gate, up, down, "silu", experts, scales, on_input)
-        wide = [None if t is None else t.double() for t in (gate, up, down)]
-        want = reference(x.double(), *wide, "silu", experts, scales.double(), on_input)  # type: ignore[arg-type]
-        assert got.dtype == dtype
-        assert (got.double() - want).abs().max() <= TOLERANCE[dtype] * want.abs().max()
 
 
 @needs_kernel

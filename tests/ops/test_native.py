@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import landmark.ops
 from landmark.ops import native
 
 CODE = "void twice(double *x, long n) { for (long i = 0; i < n; i++) x[i] *= 2; }\n"
@@ -34,6 +35,14 @@ def have_compiler() -> bool:
 
 
 needs_compiler = pytest.mark.skipif(not have_compiler(), reason="no C compiler here")
+
+
+@needs_compiler
+@pytest.mark.parametrize("path", sorted(Path(landmark.ops.__file__).parent.rglob("*.c")), ids=lambda path: path.stem)
+def test_every_kernel_compiles(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that did not would be skipped by its own tests."""
+    monkeypatch.setattr(native.Source, "all", [])
+    assert native.Source(path).why_not() is None
 
 
 @needs_compiler

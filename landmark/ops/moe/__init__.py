@@ -4,7 +4,7 @@
     y = grouped_linear(spread(x, plan), weight, plan.counts)
     out = combine(y, weights, plan)                   # weights [N, k]
 
-`few` is all of that for the few tokens of decoding in one call, and `choose` what a router does for them.
+`experts` is all of that for the few tokens of decoding in one call, and `choose` what a router does for them.
 
 The cost follows the rows that are routed: there is no [tokens, experts, capacity] tensor anywhere.
 """
@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import choose, coded, few, loop, native, reference, rows
+from . import choose, experts, loop, native, reference, rows
 
 Backend = Literal["reference", "loop", "native", "grouped_mm"]
 
@@ -101,4 +101,4 @@ def combine(y: Tensor, weights: Tensor, plan: Plan) -> Tensor:
     return reference.combine(y, weights, plan.places)
 
 
-__all__ = ["Backend", "Plan", "choose", "coded", "combine", "few", "grouped_linear", "reference", "spread", "why_not"]
+__all__ = ["Backend", "Plan", "choose", "combine", "experts", "grouped_linear", "reference", "spread", "why_not"]

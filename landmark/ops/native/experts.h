@@ -1,4 +1,4 @@
-// Which experts a few tokens pass, and what these make of them: what ops/moe/choose.c and ops/moe/coded.c take.
+// Which experts a few tokens pass, and what these make of them: what ops/moe/choose.c and ops/moe/experts.c take.
 #pragma once
 #include "maps.h"
 

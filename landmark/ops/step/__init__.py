@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..activation import ACTIVATIONS
 from ..attention import decode
-from ..moe import choose, coded
+from ..moe import choose
+from ..moe import experts as mixture
 from ..native import Source
 
 SOURCE = Source(Path(__file__).with_name("step.c"))
@@ -29,7 +30,7 @@ KINDS = {name: kind for kind, name in enumerate(ACTIVATIONS)}  # as act.h's enum
 MAX_TOKENS = 16
 _NORM = "2Pq2f"
 _STEP = Struct(
-    f"{2 * _NORM}2P3q{'4P2q' * 4}P3q2f3P{choose.SIZE}s{coded.SIZE}s{decode.FIXED}"
+    f"{2 * _NORM}2P3q{'4P2q' * 4}P3q2f3P{choose.SIZE}s{mixture.SIZE}s{decode.FIXED}"
 )  # step.c's Step, up to what changes from token to token
 _SEEN = Struct(decode.SEEN)
 SIZE = _STEP.size + _SEEN.size
@@ -90,9 +91,9 @@ def feed_forward(frame: Frame, first: Sequence[Map], down: Map, act: str) -> byt
 
 
 def experts(frame: Frame, choice: bytes, each: bytes, bytes_read: int, dtype: torch.dtype) -> bytes:
-    """A step of experts, as `choose.packed` and `coded.packed` have what chooses them and what they do; a token reads
+    """A step of experts, as `choose.packed` and `experts.packed` have what chooses them and what they do; a token reads
     so many bytes of them; `dtype` is x's."""
-    own = (choose.address(dtype), *coded.addresses(dtype), choice, each)
+    own = (choose.address(dtype), *mixture.addresses(dtype), choice, each)
     return _packed(frame, (), _NO_WEIGHTS, (0, 0), bytes_read=bytes_read, experts=own)
 
 

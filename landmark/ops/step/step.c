@@ -1,8 +1,8 @@
 // Residual sublayers of few tokens by one team of threads: x + scale after(f(before(x))), where f is attention over what is
 // cached, a feed-forward function or experts, and before and after are norms or nothing, one after the other.
-#include "act.h"
 #include "decode.h"
 #include "experts.h"
+#include "gated.h"
 #include "norm.h"
 
 #define STRIP 256  // elements that a thread takes at a time

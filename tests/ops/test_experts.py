@@ -1,4 +1,4 @@
-"""Coded experts of a few tokens in one call, against float64 on the same rounded weights."""
+"""Experts of a few tokens in one call, numbers or codes, against float64 on the same weights."""
 
 from __future__ import annotations
 
@@ -11,20 +11,27 @@ from landmark.nn.linear import GroupedLinear
 from landmark.nn.moe import MoE
 from landmark.nn.router import SigmoidInput, SoftmaxTopK
 from landmark.ops.activation import activation
-from landmark.ops.moe import coded
+from landmark.ops.linear import cpu
+from landmark.ops.moe import experts as few
 from landmark.ops.quant.codes import Bits
+from landmark.ops.quant.codes import kind as coded_kind
 from landmark.ops.quant.codes import reference as codes
 
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2e-2}  # of the largest element: a few roundings
-needs_kernel = pytest.mark.skipif(coded.SOURCE.why_not() is not None, reason=str(coded.SOURCE.why_not()))
+needs_kernel = pytest.mark.skipif(few.SOURCE.why_not() is not None, reason=str(few.SOURCE.why_not()))
 SHAPES = [(64, 96, 8, 2), (37, 50, 3, 1), (130, 34, 40, 9)]  # dim, hidden, experts, active
 
 
-def stack(number: int, rows: int, width: int, bits: Bits, round_x: bool, seed: int) -> CodedExperts:
-    like = GroupedLinear(number, width, rows)
-    made = CodedExperts(bits, like, round_x)
-    made.fill(torch.randn(number, rows, width, generator=torch.Generator().manual_seed(seed)) * width**-0.5)
-    return made
+def stack(
+    number: int, rows: int, width: int, bits: Bits | None, dtype: torch.dtype, seed: int
+) -> tuple[few.Stack, Tensor]:
+    """What a kernel takes, and the numbers that it stands for."""
+    weight = torch.randn(number, rows, width, generator=torch.Generator().manual_seed(seed)) * width**-0.5
+    if bits is None:
+        return few.Stack(weight.to(dtype), None, rows, width), weight.to(dtype).double()
+    made = CodedExperts(bits, GroupedLinear(number, width, rows))
+    made.fill(weight)
+    return made.stack, made.weight.double()
 
 
 def reference(
@@ -53,19 +60,19 @@ def reference(
 
 @needs_kernel
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("round_x", [False, True])
+@pytest.mark.parametrize(("bits", "round_x"), [(None, False), (4, False), (8, False), (4, True), (8, True)])
 @pytest.mark.parametrize(("gated", "on_input"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize(("dim", "hidden", "number", "active"), SHAPES)
 @torch.no_grad()
 def test_experts(
-    dim: int, hidden: int, number: int, active: int, gated: bool, on_input: bool, round_x: bool, bits: Bits,
-    dtype: torch.dtype,
+    dim: int, hidden: int, number: int, active: int, gated: bool, on_input: bool, round_x: bool,
+    bits: Bits | None, dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    inner = [stack(number, hidden, dim, bits, round_x, seed) for seed in range(2 if gated else 1)]
-    down = stack(number, dim, hidden, bits, round_x, 2)
-    *gate, up, out = (m.weight.double() for m in (*inner, down))
-    for tokens in (1, 2, 7, 20):
+    made = [stack(number, hidden, dim, bits, dtype, seed) for seed in range(2 if gated else 1)]
+    (*inner, down), (*gate, up, out) = zip(*made, stack(number, dim, hidden, bits, dtype, 2), strict=True)
+    kind = cpu.kind(dtype) if bits is None else coded_kind(bits, dtype, round_x)
+    assert kind is not None
+    for tokens in (1, 2, 7, 16) if bits is None else (1, 2, 7, 20):
         g = torch.Generator().manual_seed(tokens)
         x = torch.randn(tokens, dim, generator=g).to(dtype)
         experts = torch.stack([torch.randperm(number, generator=g)[:active] for _ in range(tokens)])
@@ -73,11 +80,10 @@ def test_experts(
             experts[3] = 0  # all choices one expert
             experts[2, 0] = -1  # a choice that is dropped
         scales = torch.rand(tokens, active, generator=g) + 0.1
-        assert coded.why_not(x, bits, round_x) is None
+        assert few.why_not(x, [*inner, down]) is None
 
         def run(x: Tensor, experts: Tensor, scales: Tensor) -> Tensor:
-            stacks = [m.stack for m in inner]
-            return coded.feed_forward(x, stacks, down.stack, bits, round_x, "silu", experts, scales, on_input)
+            return few.feed_forward(x, kind, inner, down, "silu", experts, scales, on_input)
 
         got = run(x, experts, scales)
         want = reference(
@@ -120,8 +126,10 @@ def test_few_and_many_tokens_come_to_the_same(router: SoftmaxTopK.Config | Sigmo
 
 
 def test_who_cannot() -> None:
-    x = torch.randn(3, 8)
-    assert "gradient" in str(coded.why_not(x.clone().requires_grad_(), 8, False))
-    assert "11 bits" in str(coded.why_not(x, 11, False))
-    assert "1 to 64 tokens" in str(coded.why_not(torch.randn(65, 8), 4, True))
-    assert "float64" in str(coded.why_not(x.double(), 4, True))
+    x, numbers = torch.randn(3, 8), [few.Stack(torch.zeros(2, 4, 8), None, 4, 8)]
+    codes = [stack(2, 4, 8, 8, torch.float32, 0)[0]]
+    assert "gradient" in str(few.why_not(x.clone().requires_grad_(), codes))
+    assert "gradient" in str(few.why_not(x, [numbers[0]._replace(codes=torch.zeros(2, 4, 8, requires_grad=True))]))
+    assert "1 to 64 tokens" in str(few.why_not(torch.randn(65, 8), codes))
+    assert "1 to 16 tokens" in str(few.why_not(torch.randn(17, 8), numbers))
+    assert "float64" in str(few.why_not(x.double(), codes))

@@ -1,5 +1,4 @@
-"""Feed-forward functions of a few tokens in one call of a C kernel (few.c): what a decoded token passes, at the speed
-of reading the weights."""
+"""Feed-forward functions of a few tokens in one call of a C kernel (few.c), at the speed of reading the weights."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ MAX_TOKENS = 16  # beyond them the products of many rows are as fast
 MAX_BYTES = 2**16  # of all tokens' hidden vectors, beyond which a matrix that all of them pass reads in blocks faster
 ONE_THREAD = 2**18  # bytes of weights that a second thread would not read any sooner
 _PLAIN = (Tensor, Parameter)
-_pack = Struct("9P9q").pack  # few.c's Call
+_pack = Struct("7P6q").pack  # few.c's Call
 
 
 @cache
@@ -32,7 +31,7 @@ def _kernel(dtype: torch.dtype) -> Any:
 
 
 def why_not(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, *biases: Tensor | None) -> str | None:
-    """None if the kernel can run on tokens x [N, dim] and weights [E, out, in] or [out, in], else why not."""
+    """None if the kernel can run on tokens x [..., dim] and weights [out, in], else why not."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gate, up, down, *biases)):
         return "it has no gradient"
     dtype = x.dtype
@@ -40,7 +39,7 @@ def why_not(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, *biases: T
         return f"it takes float32 and bfloat16, not {dtype}"
     if not 0 < (rows := x.numel() // max(1, x.shape[-1])) <= MAX_TOKENS:
         return f"it takes 1 to {MAX_TOKENS} tokens, not {rows}"
-    if up.ndim == 2 and rows * max(up.shape) * x.itemsize > MAX_BYTES:
+    if rows * max(up.shape) * x.itemsize > MAX_BYTES:
         return f"it takes {MAX_BYTES} bytes of hidden vectors that share a matrix"
     for t in (x, gate, up, down, *biases):
         if t is not None and (type(t) not in _PLAIN or not t.is_cpu or t.dtype != dtype):
@@ -55,33 +54,20 @@ def why_not(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, *biases: T
 
 
 def feed_forward(
-    x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, act: str, experts: Tensor | None = None,
-    weights: Tensor | None = None, on_input: bool = False, *, up_bias: Tensor | None = None,
+    x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, act: str, *, up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """y[n] = sum_j weights[n, j] down_e (act(gate_e x[n]) up_e x[n]) with e = experts[n, j], for arguments that
-    `why_not` accepts; act(up_e x[n]) without `gate`.
+    """down(act(gate(x)) up(x)), or down(act(up(x))) without `gate`, for arguments that `why_not` accepts.
 
-    x [N, dim]; gate, up [E, hidden, dim]; down [E, out, hidden]; experts [N, k], -1 for a choice that is dropped;
-    weights [N, k] in float32, which multiply inputs instead if `on_input`. Without experts, x is [..., dim], weights
-    are [hidden, dim] and [out, hidden], every token passes them, and there may be biases. -> [..., out].
+    x [..., dim]; gate, up [hidden, dim], down [out, hidden]; biases [hidden] and [out] -> [..., out].
     """
     x = x.contiguous()
-    (hidden, dim), out = up.shape[-2:], down.shape[-2]
-    y, tokens = x.new_empty((*x.shape[:-1], out)), x.numel() // dim
-    if experts is None:
-        active = number = 1
-        chosen = scales = 0
-    else:
-        assert weights is not None
-        experts, weights = experts.contiguous(), weights.contiguous()
-        active, number, chosen, scales = experts.shape[1], up.shape[0], experts.data_ptr(), weights.data_ptr()
-    bytes_read = min(tokens * active, number) * up.shape[-2] * dim * x.itemsize
+    (hidden, dim), out = up.shape, down.shape[0]
+    y = x.new_empty((*x.shape[:-1], out))
     call = _pack(
-        x.data_ptr(), 0 if gate is None else gate.data_ptr(), up.data_ptr(), down.data_ptr(), chosen, scales,
-        *(0 if t is None else t.data_ptr() for t in (up_bias, down_bias)), y.data_ptr(), tokens, active, number, dim,
-        out, hidden, KINDS[act], on_input,
-        torch.get_num_threads() if bytes_read > ONE_THREAD else 1,
+        x.data_ptr(), 0 if gate is None else gate.data_ptr(), up.data_ptr(), down.data_ptr(),
+        *(0 if t is None else t.data_ptr() for t in (up_bias, down_bias)), y.data_ptr(), x.numel() // dim, dim, out,
+        hidden, KINDS[act], torch.get_num_threads() if up.nbytes > ONE_THREAD else 1,
     )  # fmt: skip
     _kernel(x.dtype)(call)
     return y

@@ -1,7 +1,7 @@
-// Feed-forward functions of a few tokens, each through its own experts, whose matrices are what maps.h has, codes among them:
+// Feed-forward functions of a few tokens, each through its own experts, whose matrices are whatever maps.h has:
 // y[n] = sum over j of weights[n, j] down_e (act(gate_e x[n]) up_e x[n]), e = experts[n, j]; act(up_e x[n]) without gates.
-#include "act.h"
 #include "experts.h"
+#include "gated.h"
 
 // Rows of one expert: the first of them, how many, and where they lie packed, for either product.
 typedef struct {
@@ -132,7 +132,7 @@ INLINE void each(const Experts *c, char *space, const int half) {
 #define EXPORT(TYPE, HALF)                                                                    \
     int64_t room_##TYPE(const Experts *c) { return room(c, HALF); }                           \
     void each_##TYPE(const Experts *c, char *space) { each(c, space, HALF); }                 \
-    void coded_##TYPE(const Experts *c) {                                                     \
+    void experts_##TYPE(const Experts *c) {                                                     \
         char *space = room_of(room(c, HALF));                                                 \
         _Pragma("omp parallel num_threads(c->threads) if (c->threads > 1)") each_##TYPE(c, space); \
         free(space);                                                                          \

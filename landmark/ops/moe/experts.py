@@ -1,5 +1,5 @@
-"""Coded experts of a few tokens in one call of a C kernel (coded.c): what a decoded token passes, at the speed of
-reading the codes."""
+"""Experts of a few tokens in one call of a C kernel (experts.c): what a decoded token passes, at the speed of reading
+its experts' weights, numbers or codes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from torch import Tensor
 
 from ..activation import ACTIVATIONS
 from ..native import Source
-from ..quant.codes import Bits, kind
 
-SOURCE = Source(Path(__file__).with_name("coded.c"))
-KERNELS = {torch.float32: "coded_f32", torch.bfloat16: "coded_bf16"}
+SOURCE = Source(Path(__file__).with_name("experts.c"))
+KERNELS = {torch.float32: "experts_f32", torch.bfloat16: "experts_bf16"}
 KINDS = {name: kind for kind, name in enumerate(ACTIVATIONS)}  # as act.h's enum
-MAX_TOKENS = 64  # beyond them one call an expert costs nothing
+MAX_TOKENS, MAX_PLAIN = 64, 16  # of codes, and of numbers: beyond them one call an expert costs nothing
 ONE_THREAD = 2**17  # bytes of codes that a second thread would not read any sooner
 _call = Struct(f"5P{3 * '2P4q'}8q")  # experts.h's Experts
 SIZE = _call.size
@@ -47,41 +46,39 @@ def _kernel(dtype: torch.dtype) -> Any:
     return SOURCE.function(KERNELS[dtype], c_char_p)
 
 
-def why_not(x: Tensor, bits: Bits, round_x: bool) -> str | None:
-    """None if the kernel can run on tokens x [N, dim] and codes of so many bits, else why not."""
+def why_not(x: Tensor, stacks: Sequence[Stack]) -> str | None:
+    """None if the kernel can run on tokens x [N, dim] and matrices of one kind that take their type, else why not."""
     if not x.is_cpu or x.dtype not in KERNELS:
         return f"it takes float32 and bfloat16 on cpu, not {x.dtype} on {x.device.type}"
-    if bits == 11:
-        return "what goes with codes of 11 bits has another size for each expert"
-    if torch.is_grad_enabled() and x.requires_grad:
+    plain = any(s.side is None for s in stacks)
+    if torch.is_grad_enabled() and (x.requires_grad or any(s.codes.requires_grad for s in stacks)):
         return "it has no gradient"
-    if not 0 < len(x) <= MAX_TOKENS:
-        return f"it takes 1 to {MAX_TOKENS} tokens, not {len(x)}"
+    if not 0 < len(x) <= (most := MAX_PLAIN if plain else MAX_TOKENS):
+        return f"it takes 1 to {most} tokens, not {len(x)}"
     if torch.compiler.is_compiling():
         return "compilers do not see through it"
-    if kind(bits, x.dtype, round_x) is None:
-        return "there is no kernel for such codes"
+    if plain and torch.is_autocast_enabled("cpu"):
+        return "autocast picks the dtype"
     return SOURCE.why_not()
 
 
 def feed_forward(
-    x: Tensor, inner: Sequence[Stack], down: Stack, bits: Bits, round_x: bool, act: str, experts: Tensor,
-    weights: Tensor, on_input: bool = False,
+    x: Tensor, kind: int, inner: Sequence[Stack], down: Stack, act: str, experts: Tensor, weights: Tensor,
+    on_input: bool = False,
 ) -> Tensor:  # fmt: skip
     """y[n] = sum_j weights[n, j] down_e (act(gate_e x[n]) up_e x[n]) with e = experts[n, j], for arguments that
     `why_not` accepts; act(up_e x[n]) where `inner` is up alone, not gate and up.
 
-    x [N, dim]; experts [N, k], -1 for a choice that is dropped; weights [N, k] in float32, which multiply inputs
-    instead if `on_input`. With `round_x` what meets a matrix is rounded to 8 bits. -> [N, out].
+    x [N, dim]; kind: the address of a Kind of maps.h, of all matrices; experts [N, k], -1 for a choice that is dropped;
+    weights [N, k] in float32, which multiply inputs instead if `on_input`. -> [N, out].
     """
     x, experts, weights = x.contiguous(), experts.contiguous(), weights.contiguous()
     tokens, active, number = len(x), experts.shape[1], len(down.codes)
     y = x.new_empty(tokens, down.rows)
     read = min(tokens * active, number) * (down.bytes + sum(s.bytes for s in inner))
-    own, threads = kind(bits, x.dtype, round_x), torch.get_num_threads() if read > ONE_THREAD else 1
-    assert own is not None
     places = x.data_ptr(), experts.data_ptr(), weights.data_ptr(), y.data_ptr(), tokens
-    _kernel(x.dtype)(packed(own, inner, down, active, act, on_input, *places, threads))
+    threads = torch.get_num_threads() if read > ONE_THREAD else 1
+    _kernel(x.dtype)(packed(kind, inner, down, active, act, on_input, *places, threads))
     return y
 
 
@@ -99,7 +96,7 @@ def packed(
 
 def addresses(dtype: torch.dtype) -> tuple[int, int]:
     """Of what says how much space a call takes, and of what the threads of a team do."""
-    suffix = KERNELS[dtype].removeprefix("coded_")
+    suffix = KERNELS[dtype].removeprefix("experts_")
     return SOURCE.address(f"room_{suffix}"), SOURCE.address(f"each_{suffix}")
 
 
