@@ -36,7 +36,7 @@ class Form:
     def accept(self, token: int) -> None:
         """Raises ValueError for a token that does not fit."""
         if not self._matcher.consume_token(token):
-            raise ValueError(f"token {token} does not fit the form: {self._matcher.get_error()}")
+            raise ValueError(f"token {token} does not fit the form: {self._matcher.get_error().splitlines()[0]}")
 
     def rollback(self, tokens: int) -> None:
         """Take back the last accepted tokens."""
@@ -97,6 +97,13 @@ class Forms:
         matcher = LLMatcher(self._lexicon, grammar, log_level=0)
         if matcher.is_error():
             raise ValueError(matcher.get_error().splitlines()[0])
+        first = matcher.deep_copy()
+        try:
+            first.compute_bitmask()  # what is too large shows here
+        except ValueError as error:
+            raise ValueError(str(error).splitlines()[0]) from None
+        if first.is_error():
+            raise ValueError(first.get_error().splitlines()[0])
         return matcher
 
     @cached_property

@@ -17,7 +17,7 @@ from ..models.encoder import Encoder
 from ..nn.heads import FirstToken, LastToken, MeanPool, Pool
 from ..weights.checkpoint import load, locate
 from ..weights.files import read_json
-from ..weights.tokenizer import Tokenizer
+from ..weights.tokenizer import Tokenizer, whole_characters
 
 POOLS: Mapping[str, Pool] = {"mean": MeanPool(), "cls": FirstToken(), "lasttoken": LastToken()}
 TOKENS = 8192  # of a batch, padding included
@@ -65,18 +65,27 @@ class SentenceEncoder:
             told["normalise"] = normalise
         return cls(model, tokenizer, longest=int(min(limit for limit in limits if limit is not None)), **told)
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text with the special tokens around it, cut to `longest`."""
+    def encode(self, texts: Sequence[str], *, cut: bool = True) -> list[list[int]]:
+        """Ids of each text with the special tokens around it, cut to `longest`, or else ValueError for one beyond."""
         backend = Backend.from_str(self.tokenizer.backend.to_str())
-        backend.enable_truncation(self.longest)
+        if cut:
+            backend.enable_truncation(self.longest)
+        else:
+            backend.no_truncation()
         texts = [(self.prompt + text).strip() for text in texts]
         texts = [text.lower() for text in texts] if self.lowercase else texts
-        return [encoding.ids for encoding in backend.encode_batch(texts)]
+        with whole_characters(texts):
+            found = [encoding.ids for encoding in backend.encode_batch(texts)]
+        if beyond := [i for i, ids in enumerate(found) if len(ids) > self.longest]:
+            n = len(found[beyond[0]])
+            raise ValueError(f"text {beyond[0]} has {n} tokens, more than the {self.longest} that are read at once")
+        return found
 
     @torch.no_grad()
-    def embed(self, texts: Sequence[str]) -> Tensor:
-        """[len(texts), dim], on the model's device. Raises ValueError for a text without any token."""
-        ids = self.encode(texts)
+    def embed(self, texts: Sequence[str], *, cut: bool = True) -> Tensor:
+        """[len(texts), dim], on the model's device; `cut` as in `encode`. Raises ValueError for a text without any
+        token."""
+        ids = self.encode(texts, cut=cut)
         if empty := [i for i, tokens in enumerate(ids) if not tokens]:
             raise ValueError(f"text {empty[0]} has no tokens, so it has no embedding; leave it out")
         out = torch.empty(len(ids), self.model.cfg.dim, dtype=self.model.dtype, device=self.model.device)

@@ -59,9 +59,10 @@ def by_expert(x: Tensor, counts: Tensor, out: int, product: Callable[[Tensor, in
 
 
 def unhooked(*modules: nn.Module | None) -> bool:
-    """Whether nobody has a hook on any of these (None aside), so that what it does need not be done by calling it."""
+    """Whether nobody has a hook on any of these (None aside), or a `forward` of its own in its place, so that what it
+    does need not be done by calling it."""
     for m in modules:
-        if m is not None and (m._forward_hooks or m._forward_pre_hooks):
+        if m is not None and (m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__):
             return False
     return True
 

@@ -31,7 +31,7 @@ def together(x: Tensor, *maps: nn.Module) -> Sequence[Tensor]:
 def owned(*maps: nn.Module) -> bool:
     """Whether what these make is nobody's but the caller's, who may overwrite it: no hook of theirs, or of all modules
     that there are, has seen it."""
-    watched = every._global_forward_hooks or not unhooked(*maps)
+    watched = every._global_forward_hooks or every._global_forward_pre_hooks or not unhooked(*maps)
     return not watched and all(type(m) is Linear or type(m) is CodedLinear for m in maps)
 
 

@@ -28,6 +28,7 @@ from starlette.exceptions import HTTPException
 from .. import malloc
 from ..infer.engine import EngineError, Event, Handle
 from ..infer.engine import Request as Wanted
+from ..infer.engine.engine import GUIDE_FAILED
 from .answers import ChatChoice, TextChoice, gather, head, include_usage, merge_pieces, usage
 from .errors import ApiError, bad, explain
 from .limits import Gate, Limits
@@ -53,6 +54,9 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 class Gone(Exception):
     """The client has left."""
+
+
+MOST_ANSWERS = 2048  # of one call
 
 
 class Server:
@@ -101,6 +105,8 @@ class Server:
         except TimeoutError:
             raise ApiError(504, f"no answer within {self.limits.timeout:g} s", code="timeout") from None
         except EngineError as error:
+            if str(error).startswith(GUIDE_FAILED):
+                raise bad(str(error), "response_format", "invalid_form") from None
             raise ApiError(500, str(error), code="engine_error") from None
         finally:
             for handle in handles:
@@ -114,10 +120,12 @@ class Server:
         served = decoder(self.models, body.model)
         given = body.prompt
         batch: Any = [given] if isinstance(given, str) or isinstance(given[0], int) else given
-        if len(batch) > 2048:
-            raise bad(f"{len(batch)} prompts; 2048 at most", "prompt")
+        if len(batch) > MOST_ANSWERS:
+            raise bad(f"{len(batch)} prompts; {MOST_ANSWERS} at most", "prompt")
         if body.stream and (body.best_of or 1) > (body.n or 1):
             raise bad("best_of cannot be streamed", "best_of")
+        if (answers := len(batch) * max(body.n or 1, body.best_of or 1)) > MOST_ANSWERS:
+            raise bad(f"prompts times answers are {answers}; {MOST_ANSWERS} at most", "n")
         wanted = [served.completion(body, served.prompt(prompt)) for prompt in batch]
         handles = self.submit(served, wanted)
         shared, n = head("text_completion", served, "cmpl"), body.n or 1
@@ -153,7 +161,7 @@ class Server:
         if body.stream and (body.best_of or 1) > (body.n or 1):
             raise bad("best_of cannot be streamed", "best_of")
         tools = body.tools if body.tool_choice != "none" else None
-        prompt = served.chat_prompt(body.messages, tools, **(body.chat_template_kwargs or {}))
+        prompt = served.chat_prompt(body.messages, tools, body.chat_template_kwargs)
         handles = self.submit(served, [served.chat(body, prompt)])
         choices = [ChatChoice.of(served, body, i) for i in range(body.n or 1)]
         if body.stream:
@@ -189,7 +197,7 @@ class Server:
             raise bad("input is token ids; give texts, which the model's own tokenizer reads", "input")
         texts = [text for text in given if isinstance(text, str)]
         try:
-            vectors = (await asyncio.to_thread(served.encoder.embed, texts)).float().numpy()
+            vectors = (await asyncio.to_thread(served.encoder.embed, texts, cut=False)).float().numpy()
         except ValueError as error:
             raise bad(str(error), "input") from None
         if body.dimensions is not None:
@@ -217,7 +225,10 @@ class Server:
         if body.messages is not None:
             ids = served.chat_prompt(body.messages)
         else:
-            ids = served.tokenizer.encode(body.prompt or "", special=body.add_special_tokens)
+            try:
+                ids = served.tokenizer.encode(body.prompt or "", special=body.add_special_tokens)
+            except ValueError as error:
+                raise bad(str(error), "prompt") from None
         return {"tokens": ids, "count": len(ids), "max_model_len": served.engine.longest}
 
     def detokenize(self, body: DetokenizeRequest) -> dict[str, Any]:

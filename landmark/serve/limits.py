@@ -32,6 +32,8 @@ class Limits:
     rate: int | None = None
 
     def __post_init__(self) -> None:
+        if not all(key.strip() for key in self.keys):
+            raise ValueError("an API key is empty, which would open the server to everyone; leave it out, or give one")
         for name in ("body", "patience", "timeout", "queue", "rate"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -71,10 +73,10 @@ class Gate:
     def _check_key(self, path: str, headers: dict[bytes, bytes]) -> str | None:
         if not self.limits.keys:
             return None
-        scheme, _, given = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-        matches = [hmac.compare_digest(given.encode(), key.encode()) for key in self.limits.keys]
-        if scheme.lower() == "bearer" and any(matches):
-            return given
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        matches = [hmac.compare_digest(given, key.encode()) for key in self.limits.keys]
+        if scheme.lower() == b"bearer" and any(matches):
+            return given.decode("latin-1")
         if path in OPEN or path.startswith("/page/"):
             return None
         message = "the API key is wrong" if given else "no API key; send the header Authorization: Bearer KEY"
@@ -82,7 +84,7 @@ class Gate:
 
     def _check_rate(self, client: str, path: str) -> None:
         rate = self.limits.rate
-        if rate is None or path in OPEN or path.startswith("/page/"):
+        if rate is None or path in OPEN or path == "/stats" or path.startswith("/page/"):  # the page asks each second
             return
         now = time.monotonic()
         left, then = self._allowance.get(client, (float(rate), now))

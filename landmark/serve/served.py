@@ -68,24 +68,55 @@ class Served:
 
     def prompt(self, text: str | Sequence[int]) -> list[int]:
         """Ids of a text to be continued, or ids as they were given."""
-        ids = prompt_ids(self.tokenizer, text) if isinstance(text, str) else list(text)
+        if isinstance(text, str):
+            self.check_text(len(text), "prompt")
+            try:
+                ids = prompt_ids(self.tokenizer, text)
+            except ValueError as error:
+                raise bad(str(error), "prompt") from None
+        else:
+            ids = list(text)
         self.check_length(ids)
         return ids
 
     def chat_prompt(
-        self, messages: Sequence[Message], tools: Sequence[Tool] | None = None, **variables: Any
-    ) -> list[int]:
-        """Ids of a conversation, as the model's chat template writes it."""
+        self, messages: Sequence[Message], tools: Sequence[Tool] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:  # fmt: skip
+        """Ids of a conversation, as the model's chat template writes it; `variables` are the template's."""
         if self.tokenizer.chat_template is None:
             raise bad(f"{self.name} has no chat template; use /v1/completions", "messages", "no_chat_template")
+        if taken := sorted({"self", "messages", "tools"} & set(variables or ())):
+            raise bad(f"{taken[0]!r} is set by the request itself", "chat_template_kwargs")
         said = [as_plain(message) for message in messages]
+        self.check_text(sum(len(each["content"]) for each in said), "messages")
         functions = [tool.model_dump(exclude_none=True) for tool in tools] if tools else None
         try:
-            ids = self.tokenizer.encode_chat(said, functions, **variables)
+            ids = self.tokenizer.encode_chat(said, functions, **(variables or {}))
         except ValueError as error:
             raise bad(str(error), "messages") from None
         self.check_length(ids)
         return ids
+
+    @cached_property
+    def longest_token(self) -> int | None:
+        """Characters of a text that a token takes up at most; None where one may stand for any number of them, or texts
+        are changed beforehand."""
+        backend = self.tokenizer.backend
+        split = "" if backend.pre_tokenizer is None else str(backend.pre_tokenizer.__getstate__())
+        whole = "ByteLevel" in split and "Removed" not in split and backend.normalizer is None
+        if not whole or getattr(backend.model, "unk_token", "?") is not None:
+            return None
+        return max(map(len, backend.get_vocab()))
+
+    def check_text(self, characters: int, name: str) -> None:
+        """Refuse at once a text that is too long whatever its tokens are: reading megabytes holds everyone up."""
+        longest, most = self.engine.longest, self.longest_token
+        if longest is not None and most is not None and characters > longest * most:
+            raise bad(
+                f"the prompt has {characters:,} characters; of tokens, {self.name} takes {longest} at most", name,
+                "context_length_exceeded",
+            )  # fmt: skip
 
     def check_length(self, ids: Sequence[int]) -> None:
         longest, vocab = self.engine.longest, self.model.cfg.embed.vocab

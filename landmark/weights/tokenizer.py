@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,6 +32,21 @@ _USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "cls": ("[CLS]",),
     "sep": ("[SEP]",),
 }
+
+
+@contextmanager
+def whole_characters(texts: Sequence[str]) -> Iterator[None]:
+    """Within, texts are encoded. Raises ValueError for one with half a character of UTF-16, which is no text."""
+    try:
+        yield
+    except TypeError:
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                half = f"U+{ord(text[error.start]):04X}"
+                raise ValueError(f"the text holds half a character, {half} at {error.start}; send whole ones") from None
+        raise
 
 
 class Tokenizer:
@@ -159,12 +175,14 @@ class Tokenizer:
         """Ids of `text`.  `special` adds what the model expects around a text (bos, [CLS] ... [SEP]).  `literal`
         reads the text of a special token inside `text` as text, so that no document can forge a boundary."""
         backend = self._literal if literal else self.backend
-        return backend.encode(text, add_special_tokens=special).ids
+        with whole_characters([text]):
+            return backend.encode(text, add_special_tokens=special).ids
 
     def encode_batch(self, texts: Sequence[str], special: bool = False, literal: bool = False) -> list[list[int]]:
         """`encode` of each text, on all cores."""
         backend = self._literal if literal else self.backend
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=special)]
+        with whole_characters(texts):
+            return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=special)]
 
     @functools.cached_property
     def _literal(self) -> Backend:

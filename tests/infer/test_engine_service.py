@@ -269,3 +269,113 @@ def test_pools_count() -> None:
             pool.hold(number)
             held.append(number)
         assert pool.available == 10 - len(set(held))
+
+
+class Fails:
+    """A guide that allows anything, until it raises: by its tokens, or at once where it says what may come."""
+
+    def __init__(self, taken: int | None) -> None:
+        self.left = taken
+
+    def allowed(self) -> torch.Tensor | None:
+        if self.left is None:
+            raise ValueError("too large\nand what somebody has sent")
+        return None
+
+    def accept(self, token: int) -> None:
+        assert self.left is not None
+        self.left -= 1
+        if self.left == 0:
+            raise RuntimeError("the form is broken\nand what somebody has sent")
+
+    @property
+    def finished(self) -> bool:
+        return False
+
+    def rollback(self, tokens: int) -> None:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("taken", [None, 1, 3])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_guide_that_fails_fails_its_request_alone(taken: int | None, n: int) -> None:
+    of = model("llama")
+    engine = Engine(of, memory=1 << 24, max_batch=8, block=8)
+    asked = requests(97, 3)
+    handles = [engine.submit(request) for request in asked]
+    broken = engine.submit(Request(prompt=[5, 6], sampling=GREEDY, n=n, guide=lambda: Fails(taken)))
+    with pytest.raises(EngineError, match=r"its guide failed: .*(too large|is broken)$"):
+        broken.result()
+    assert [handle.result()[0].tokens for handle in handles] == [alone(of, request) for request in asked]
+    assert engine.stats().crashes == 0 and engine.stats().failed == 1 and empty(engine)
+
+
+def test_who_is_finished_has_its_answer_though_the_step_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of three answers ends in a step in which the engine crashes later; the others begin anew."""
+    of = model("llama")
+    engine = Engine(of, memory=1 << 24, max_batch=2, block=8)
+    sampling = Sampling(max_tokens=1, stop_ids=(), seed=5)
+    three = engine.submit(Request(prompt=[1, 2, 3], sampling=sampling, n=3))
+    other = engine.submit(Request(prompt=[4, 5], sampling=GREEDY))
+    whole = type(other._ticket.runs[0].writer).event
+
+    def breaks(writer: Any, *args: Any) -> Any:
+        if writer is other._ticket.runs[0].writer:
+            raise RuntimeError("out of luck")
+        return whole(writer, *args)
+
+    monkeypatch.setattr(type(other._ticket.runs[0].writer), "event", breaks)
+    with pytest.raises(EngineError, match="the engine failed: RuntimeError: out of luck"):
+        other.result()
+    seeds = [Request(prompt=[1, 2, 3], sampling=Sampling(max_tokens=1, stop_ids=(), seed=5 + n)) for n in range(3)]
+    assert [answer.tokens for answer in three.result()] == [alone(of, request) for request in seeds]
+    assert empty(engine)
+
+
+def test_an_engine_that_was_stopped_forgets_what_came_in_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = model("llama")
+    engine, entered, go = Engine(of, memory=1 << 24), threading.Event(), threading.Event()
+    work = engine._work
+
+    def slow(works: Any) -> None:
+        entered.set()
+        assert go.wait(10)
+        work(works)
+
+    monkeypatch.setattr(engine, "_work", slow)
+    engine.start()
+    handles = [engine.submit(Request(prompt=[1, 2, 3], sampling=Sampling(max_tokens=50, stop_ids=())))]
+    assert entered.wait(10)
+    handles.append(engine.submit(Request(prompt=[1, 2], sampling=GREEDY)))  # during the step
+    stopper = threading.Thread(target=engine.stop)
+    stopper.start()
+    while not engine._stopping:
+        time.sleep(0.01)
+    go.set()
+    stopper.join()
+    for handle in handles:
+        with pytest.raises(EngineError, match="the engine was stopped"):
+            handle.result()
+    request = Request(prompt=[7, 8], sampling=GREEDY)
+    assert engine.generate([request])[0][0].tokens == alone(of, request) and engine.stats().crashes == 0
+
+
+@pytest.mark.parametrize("name", ["recurrence", "mamba"])
+def test_a_text_of_which_nothing_is_kept_is_not_remembered(name: str) -> None:
+    """Without room for copies of states the tree does not grow, however many texts go by."""
+    of = model(name)
+    options = {"max_batch": 2, "chunk": 64, "block": 4, "interval": 4}
+    memory = next(m for m in range(0, 1 << 20, 16) if fits(of, m, options))
+    engine, sampling = Engine(of, memory=memory, **options), Sampling(temperature=0, max_tokens=3, stop_ids=())
+    draw = random.Random(0)
+    for _ in range(5):
+        engine.generate([Request(prompt=[draw.randrange(97) for _ in range(40)], sampling=sampling)])
+        assert not engine._store.tree.root(-1).children
+
+
+def fits(of: Decoder, memory: int, options: Any) -> bool:
+    try:
+        Engine(of, memory=memory, **options)
+    except ValueError:
+        return False
+    return True

@@ -74,3 +74,20 @@ def test_a_long_text_goes_through_some_rows_at_a_time(monkeypatch: pytest.Monkey
             module(x)
     module(x)
     assert seen[3:] == [len(x)] * 2
+
+
+@pytest.mark.parametrize("kind", ["gated", "plain"])
+@pytest.mark.parametrize("tokens", [2, TOKENS])
+def test_a_forward_of_its_own_is_called_and_keeps_what_it_saw(kind: str, tokens: int) -> None:
+    module, inner = build(kind)
+    x, kept, whole = torch.randn(tokens, 32), list[Tensor](), inner.forward
+
+    def doubled(x: Tensor) -> Tensor:
+        kept.append(2 * whole(x))
+        return kept[-1]
+
+    with torch.no_grad():
+        want, free = 2 * inner(x), module(x)
+        inner.forward = doubled  # type: ignore[method-assign]
+        assert not torch.allclose(module(x), free)
+    assert len(kept) == 1 and torch.equal(kept[0], want)

@@ -17,7 +17,7 @@ from openai import OpenAI
 
 from landmark.serve.limits import Limits
 
-from .conftest import live, served
+from .conftest import Live, live, served
 
 ASK: dict[str, Any] = {"model": "tiny", "prompt": [5, 6, 7], "ignore_eos": True}
 
@@ -184,3 +184,55 @@ def test_what_is_there_before_the_first_request_is_not_looked_through_again() ->
     with live([served()]):
         assert gc.get_freeze_count() > 10_000
     assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize("keys", [("",), ("secret", " ")])
+def test_an_empty_key_is_none(keys: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="an API key is empty"):
+        Limits(keys=keys)
+
+
+def test_a_key_of_any_letters() -> None:
+    with live([served()], Limits(keys=("schlüssel",))) as closed:
+        for given, status in (("schlüssel", 200), ("schlussel", 401)):
+            header = b"Bearer " + given.encode()
+            assert httpx.get(f"{closed.url}/v1/models", headers=[(b"authorization", header)]).status_code == status
+
+
+def test_a_form_that_is_too_large_is_refused_and_nobody_else_notices() -> None:
+    names = {f"SECRET_{i}": {"type": "integer"} for i in range(600)}
+    schema = {"type": "object", "additionalProperties": False, "properties": names}
+    form = {"type": "json_schema", "json_schema": {"name": "large", "schema": schema}}
+    with live([served()]) as open_:
+        post = lambda **body: httpx.post(
+            f"{open_.url}/v1/completions", json={**ASK, "ignore_eos": False, **body}, timeout=60
+        )
+        refused = post(response_format=form)
+        assert refused.status_code == 400 and refused.json()["error"]["code"] == "invalid_form"
+        assert "SECRET" not in refused.text and open_.engine.stats().crashes == 0
+        assert post(max_tokens=3).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("completions", {"prompt": "a\ud800b"}, "prompt"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a\ud800b"}]}, "messages"),
+        ("embeddings", {"model": "vectors", "input": "a\ud800b"}, "input"),
+        ("embeddings", {"model": "vectors", "input": "word " * 3000}, "input"),
+        ("completions", {"prompt": ["a"] * 300, "n": 10}, "n"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"tools": []}},
+         "chat_template_kwargs"),
+        ("completions", {"prompt": "word " * 10_000}, "prompt"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_the_clients_mistake(tiny: Live, path: str, body: Any, param: str) -> None:
+    raw = json.dumps({"model": "tiny", **body})
+    answer = httpx.post(f"{tiny.url}/v1/{path}", content=raw, headers={"content-type": "application/json"}, timeout=60)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
+
+
+def test_tokenize_refuses_half_a_character(tiny: Live) -> None:
+    raw = b'{"model": "tiny", "prompt": "a\\ud800"}'
+    answer = httpx.post(f"{tiny.url}/tokenize", content=raw, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and "half a character" in answer.json()["error"]["message"]

@@ -5,6 +5,7 @@ Needs a Chromium on the machine (LANDMARK_CHROMIUM, or on PATH). LANDMARK_SCREEN
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -153,3 +154,23 @@ def test_errors_are_shown_and_a_key_is_asked_for(browser: Any) -> None:
         say(page, "word " * 2000)
         assert "takes 512 at most" in page.locator(".error").inner_text()
         page.close()
+
+
+def test_what_was_not_answered_is_not_said_again(page: Any) -> None:
+    """A message that is refused comes back to be mended; a new conversation knows nothing of the old one."""
+    sent: list[Any] = []
+    page.on("request", lambda r: sent.append(json.loads(r.post_data)) if r.method == "POST" else None)
+    say(page, "word " * 2000)
+    page.wait_for_selector(".error")
+    assert page.input_value("#message").startswith("word word") and page.locator(".user.unsent").count() == 1
+    page.fill("#message", "")
+    say(page, "hello")
+    page.wait_for_function("document.querySelector('#send').textContent === 'Send'")
+    assert "word" not in str(sent[-1])
+    say(page, "first")
+    page.keyboard.press("Alt+n")  # while it is answered
+    page.wait_for_function("document.querySelector('#send').textContent === 'Send'")
+    page.fill("#message", "")
+    say(page, "second")
+    page.wait_for_function("document.querySelector('#send').textContent === 'Send'")
+    assert "first" not in str(sent[-1]) and "second" in str(sent[-1])

@@ -32,6 +32,7 @@ from .scores import best, logprobs, score_prompts
 from .stats import Stats
 from .store import Store
 
+GUIDE_FAILED = "its guide failed"
 AGE = 10.0  # seconds that one level of priority is worth
 
 
@@ -66,7 +67,9 @@ class Engine:
         if lengths.plain is not None:
             if drafter is not None:
                 raise ValueError("a model whose rotations change with the length of the text cannot speculate")
-            chunk = max(chunk, model.cfg.context or chunk)  # it reads long texts in one call
+            if model.cfg.context is None:
+                raise ValueError("a model whose rotations change with the length of the text needs a context")
+            chunk = max(chunk, model.cfg.context)  # it reads long texts in one call
         interval = -(-interval // block) * block
 
         sizes = {"max_batch": max_batch, "block": block, "chunk": chunk, "prefixes": prefixes, "interval": interval}
@@ -160,8 +163,13 @@ class Engine:
             self._stopping = True
             self._lock.notify_all()
         thread.join()
-        self._thread = None
-        self._fail(list(self._handles), "the engine was stopped")
+        with self._stepping:  # those who wait may make steps of their own as soon as there is no thread
+            with self._lock:
+                self._thread = None
+                self._inbox.clear()  # what came in during the last step
+                self._withdrawn.clear()
+                tickets = list(self._handles)
+            self._fail(tickets, "the engine was stopped")
 
     def __enter__(self) -> Engine:
         return self.start()
@@ -180,7 +188,7 @@ class Engine:
             except Exception as error:  # state could not be made anew; nobody is to wait for an engine that stands
                 traceback.print_exception(error)
                 with self._lock:
-                    self._tell(list(self._handles), f"the engine has ended: {type(error).__name__}: {error}")
+                    self._tell(list(self._handles), f"the engine has ended: {in_short(error)}")
                     self._thread = None
                 return
 
@@ -310,34 +318,47 @@ class Engine:
         chosen, likeliest = logprobs(self._sampler, runs, tokens, logits)
         arrived: dict[Ticket, list[Event]] = {}
         vocab, turns = self._sampler.vocab, self._lengths.turns
-        for n, (run, token) in enumerate(zip(runs, tokens, strict=True)):
-            ticket = run.ticket
-            if ticket.closed:
-                continue
-            if token >= vocab:
-                self._fail([ticket], BROKEN if run.guide is None else f"its guide allows no token, or {BROKEN}")
-                continue
-            run.tokens.append(token)
-            if run.guide is not None:
-                run.guide.accept(token)
-            complete = run.guide is not None and run.guide.finished
-            event = run.writer.event(token, chosen.get(n), likeliest.get(n, ()), complete)
-            arrived.setdefault(ticket, []).append(event)
-            if event.finish is not None:
-                self._scheduler.finish(run)
-                ticket.unfinished -= 1
-            elif turns and run.computed in turns:
-                self._scheduler.again(run)
-            if len(ticket.runs) > 1 and len(run.row.answer) == 1 and run.writer.index == 0:
-                for sibling in ticket.runs[1:]:
-                    self._scheduler.add(sibling)
-        self._stats.new_tokens += len(tokens)
-        self._deliver(arrived)
+        try:
+            for n, (run, token) in enumerate(zip(runs, tokens, strict=True)):
+                ticket = run.ticket
+                if ticket.closed:
+                    continue
+                if token >= vocab:
+                    self._fail([ticket], BROKEN if run.guide is None else f"its guide allows no token, or {BROKEN}")
+                    continue
+                try:
+                    if run.guide is not None:
+                        run.guide.accept(token)
+                except Exception as error:
+                    self._fail([ticket], guide_failed(error))
+                    continue
+                run.tokens.append(token)
+                complete = run.guide is not None and run.guide.finished
+                event = run.writer.event(token, chosen.get(n), likeliest.get(n, ()), complete)
+                arrived.setdefault(ticket, []).append(event)
+                if event.finish is not None:
+                    self._scheduler.finish(run)
+                    ticket.unfinished -= 1
+                elif turns and run.computed in turns:
+                    self._scheduler.again(run)
+                if len(ticket.runs) > 1 and len(run.row.answer) == 1 and run.writer.index == 0:
+                    for sibling in ticket.runs[1:]:
+                        self._scheduler.add(sibling)
+        finally:  # who is finished has its answer, whatever happens to the others
+            self._stats.new_tokens += len(tokens)
+            self._deliver(arrived)
 
     def _guided(self, runs: list[Run], logits: Tensor) -> Tensor:
         """Logits of what is not allowed are -inf."""
         for n, run in enumerate(runs):
-            if run.guide is not None and (allowed := run.guide.allowed()) is not None:
+            if run.guide is None or run.ticket.closed:
+                continue
+            try:
+                allowed = run.guide.allowed()
+            except Exception as error:  # of this answer alone: the others go on
+                self._fail([run.ticket], guide_failed(error))
+                continue
+            if allowed is not None:
                 if not any(other.guide is not None for other in runs[:n]):
                     logits = logits.clone()
                 logits[n].masked_fill_(~allowed, -math.inf)
@@ -390,7 +411,7 @@ class Engine:
             failed = [t for t in self._handles if t not in spared and t not in self._inbox]
         self._stats.preempted += self._scheduler.preempted
         self._store, self._scheduler, self._sampler = self._begin()
-        self._fail(failed, f"the engine failed: {type(error).__name__}: {error}")
+        self._fail(failed, f"the engine failed: {in_short(error)}")
         for run in waiting:
             self._scheduler.add(run)
 
@@ -402,3 +423,13 @@ class Engine:
             self._stats, preempted=self._stats.preempted + self._scheduler.preempted, used=used,
             running=len(self._scheduler.running), waiting=self._scheduler.waiting + len(self._inbox),
         )  # fmt: skip
+
+
+def guide_failed(error: Exception) -> str:
+    return f"{GUIDE_FAILED}: {in_short(error)}"
+
+
+def in_short(error: Exception) -> str:
+    """What those who wait are told: the first line alone, for an error may quote what somebody else has sent."""
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first[:200]}"

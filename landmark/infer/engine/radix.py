@@ -36,7 +36,7 @@ class Node:
         else:
             del self.held[pool]
             pool.disown(number)
-        self._prune()
+        self.prune()
 
     def _drop(self) -> None:
         for child in self.children.values():
@@ -47,7 +47,8 @@ class Node:
             pool.disown(number)
         self.held.clear()
 
-    def _prune(self) -> None:
+    def prune(self) -> None:
+        """Leave the tree if nothing is owned and nothing follows, and so on towards the root."""
         node: Node = self
         while (parent := node.parent) is not None and not node.held and not node.children:
             parent.children.pop(node.edge, None)

@@ -258,7 +258,8 @@ class Store:
     def _remember(self, run: Held) -> None:
         """Put whole blocks into the tree, and a copy of the state where one is worth it."""
         depth, left = divmod(run.computed, self.block)
-        keep = self.slot_pool is not None and not left and self._worth(run)
+        spare = self.slot_pool is not None and self.slot_pool.count > self.max_batch
+        keep = spare and not left and self._worth(run)
         if (depth == run.depth and not keep) or not (self.groups or keep):
             return
         if run.node is None or not run.node.attached:
@@ -278,13 +279,14 @@ class Store:
         assert node is not None
         if pool in node.held:
             pool.touch(node.held[pool])
-        elif pool.available and pool.count > self.max_batch:
+        elif pool.available:
             number = pool.take()
             if node.attached:  # what was forgotten for it was not this text's only longer one
                 for slots in self.slots:
                     slots.copy(run.slot, number)
                 node.keep(pool, number)
             pool.release(number)
+        node.prune()  # nobody would ever forget one that owns nothing
 
     def _worth(self, run: Held) -> bool:
         return run.computed % self.interval == 0 or run.computed in (run.branch, self._last(run))

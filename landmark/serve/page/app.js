@@ -76,7 +76,8 @@ class Pane {
   remember() { stored(`pane${this.number}`, JSON.stringify(Object.fromEntries(this.fields().map((f) => [f.name, f.value])))); }
 
   restore() {
-    const kept = JSON.parse(stored(`pane${this.number}`) ?? "{}");
+    let kept = {};
+    try { kept = JSON.parse(stored(`pane${this.number}`) ?? "{}") ?? {}; } catch { /* as if nothing were kept */ }
     for (const field of this.fields()) {
       const known = field.name !== "model" || models.some((model) => model.id === kept.model);
       if (field.name in kept && known) field.value = kept[field.name];
@@ -107,16 +108,28 @@ class Pane {
     return ["v1/completions", { ...shared, prompt: this.messages.map((message) => message.content).join(""), logprobs: 5 }];
   }
 
+  // Whether there was an answer: without one, what was said is not part of the conversation.
   async say(text) {
-    if (!this.messages.length) this.talk.replaceChildren();
-    this.messages.push({ role: "user", content: text });
-    this.talk.append(line("user", text));
+    const messages = this.messages;  // of this conversation, though a new one may begin meanwhile
+    if (!messages.length) this.talk.replaceChildren();
+    messages.push({ role: "user", content: text });
+    const asked = line("user", text);
+    this.talk.append(asked);
     const answer = line("assistant busy", "");
     this.talk.append(answer);
     this.talk.scrollTop = this.talk.scrollHeight;
     this.running = new AbortController();
     const began = performance.now();
-    let said = "", first = 0, count = 0;
+    let said = "", first = 0, count = 0, pending = [], due = 0;
+    const flush = () => {  // once a frame: where the talk ends is dear to ask
+      cancelAnimationFrame(due);
+      due = 0;
+      const low = this.talk.scrollHeight - this.talk.scrollTop - this.talk.clientHeight < 60;
+      answer.append(...pending.splice(0));
+      if (low) this.talk.scrollTop = this.talk.scrollHeight;
+      const seconds = (performance.now() - began) / 1000;  // all of them: a browser that was busy gets several at once
+      if (count) this.speed.value = `${(count / seconds).toFixed(1)} tokens/s · first after ${Math.round(first - began)} ms`;
+    };
     try {
       const response = await call(...this.request(), this.running.signal);
       for await (const piece of events(response)) {
@@ -126,19 +139,23 @@ class Pane {
         const content = choice.delta ? (choice.delta.content ?? "") : choice.text;
         if (tokens.length) { count += tokens.length; first ||= performance.now(); }
         said += content;
-        const low = this.talk.scrollHeight - this.talk.scrollTop - this.talk.clientHeight < 60;
-        if (content) answer.append(token(content, tokens));
-        if (low) this.talk.scrollTop = this.talk.scrollHeight;
-        const seconds = (performance.now() - began) / 1000;  // all of them: a browser that was busy gets several at once
-        if (count) this.speed.value = `${(count / seconds).toFixed(1)} tokens/s · first after ${Math.round(first - began)} ms`;
+        if (content) pending.push(token(content, tokens));
+        due ||= requestAnimationFrame(flush);
       }
     } catch (error) {
       if (error.name !== "AbortError") this.talk.append(line("error", error.message));
     } finally {
+      flush();
       answer.classList.remove("busy");
-      this.messages.push({ role: "assistant", content: said });
+      if (said) messages.push({ role: "assistant", content: said });
+      else {
+        messages.pop();
+        asked.classList.add("unsent");
+        answer.remove();
+      }
       this.running = null;
     }
+    return said !== "" || messages !== this.messages;
   }
 }
 
@@ -212,8 +229,10 @@ async function watch() {
       const now = performance.now();
       const show = (name, text) => { $(`[data-figure=${name}]`).textContent = text; };
       if (figures) {
+        const model = panes[0].value("model");
+        if (before?.model !== model) { before = null; trace.fill(0); }
         const speed = before ? Math.max(0, (figures.new_tokens - before.tokens) / ((now - before.at) / 1000)) : 0;
-        before = { tokens: figures.new_tokens, at: now };
+        before = { model, tokens: figures.new_tokens, at: now };
         show("speed", speed.toFixed(speed < 10 ? 1 : 0));
         show("running", figures.running);
         show("waiting", figures.waiting);
@@ -249,12 +268,16 @@ function fit() {
 
 function send() {
   const text = message.value;
-  if (!text.trim() || panes.some((pane) => pane.running)) return;
+  if (!text.trim() || !panes.length || panes.some((pane) => pane.running)) return;
   message.value = "";
   fit();
   for (const details of document.querySelectorAll("details[open]")) details.open = false;
   $("#send").textContent = "Stop";
-  Promise.all(panes.map((pane) => pane.say(text))).finally(() => { $("#send").textContent = "Send"; message.focus(); });
+  Promise.all(panes.map((pane) => pane.say(text))).then((answered) => {
+    $("#send").textContent = "Send";
+    if (!answered.some(Boolean) && !message.value) { message.value = text; fit(); }
+    if ([document.body, $("#send"), message].includes(document.activeElement)) message.focus();
+  });
 }
 
 const stop = () => panes.forEach((pane) => pane.stop());
@@ -276,14 +299,18 @@ message.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
 });
 document.addEventListener("keydown", (event) => {
-  const command = event.altKey && { c: compare, n: anew, t: theme }[event.key.toLowerCase()];
+  const command = event.altKey && !event.ctrlKey && !event.metaKey && { KeyC: compare, KeyN: anew, KeyT: theme }[event.code];
   if (event.key === "Escape") { stop(); tip.hidden = true; }
   else if (command) { event.preventDefault(); command(); }
   else if (event.key === "/" && !event.target.matches("input, textarea, select")) { event.preventDefault(); message.focus(); }
 });
 
 if (stored("theme")) document.documentElement.dataset.theme = stored("theme");
-const listed = await (await call("v1/models")).json();
-models = listed.data.filter((model) => "max_model_len" in model);
-setPanes(Number(stored("panes") ?? 1));
+try {
+  const listed = await (await call("v1/models")).json();
+  models = listed.data.filter((model) => "max_model_len" in model);
+  setPanes(Number(stored("panes") ?? 1));
+} catch (error) {
+  $("#panes").replaceChildren(line("error", `${error.message}. Reload to try again.`));
+}
 watch();
