@@ -109,8 +109,9 @@ def stream(
 
     `sampling` is one for all prompts or one for each. A `tokenizer` gives text, which stop strings need. `logprobs`:
     natural logarithms of the chosen tokens' probabilities, the "model"'s own or those "sampled" from. An answer depends
-    on its prompt, its settings and its seed only. Raises ValueError for a prompt that is empty or longer than the
-    context; an answer that reaches the end of the context finishes with "length".
+    on its prompt, its settings and its seed only (in bfloat16 up to rounding, which differs with how many there are).
+    Raises ValueError for a prompt that is empty or longer than the context; an answer that reaches the end of the
+    context finishes with "length".
     """
     settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
     if len(settings) != len(prompts):
