@@ -17,8 +17,8 @@
 `submit` raises ValueError for what cannot be served; a request that fails later raises EngineError where it is awaited.
 A request's tokens depend on its prompt, its sampling and its seed only, whatever else is in the batch, whether its
 beginning was remembered, and however often it had to give way; in bfloat16 up to rounding, which differs with the shape
-of a call, so that a draw that is close may fall otherwise under other load. A `Request` may carry a `guide` (constrained output):
-a factory of objects that say which tokens may come next.
+of a call, so that a draw that is close may fall otherwise under other load. A `Request` may carry a `guide`
+(constrained output): a factory of objects that say which tokens may come next.
 
 `Engine(..., drafter=...)` speculates, the same tokens in fewer calls of the model: "lookup" (where texts repeat
 themselves), "own" (the model's modules for further tokens), or a smaller decoder with the same vocabulary; as far as it
