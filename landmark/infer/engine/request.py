@@ -19,7 +19,8 @@ Scored = tuple[int, float]  # a token and its log-probability
 
 
 class Guide(Protocol):
-    """What may come next in an answer that has to keep to a form. One is made for each answer."""
+    """What may come next in an answer that has to keep to a form. One is made for each answer; what it raises fails the
+    request, and nobody else's."""
 
     def allowed(self) -> Tensor | None:
         """[vocab], bool: what may come now; None: anything."""
