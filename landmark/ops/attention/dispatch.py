@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from ...ctx import Bounds
+from ..native import transformed
 from . import cpu, decode
 from .pages import Pages
 from .reference import reference
@@ -118,7 +119,7 @@ def _pick(
         return "decode"
     if cpu.why_not(q, k, v, dropout=dropout, bias=bias) is None:
         return "cpu"
-    return "plain" if softcap is not None else "sdpa"
+    return "plain" if softcap is not None or transformed() else "sdpa"
 
 
 def why_not(

@@ -21,7 +21,7 @@ from torch.nn import Parameter
 
 from .. import products
 from ..inference import inference_op
-from ..native import Source, processor
+from ..native import TRANSFORMED, Source, processor, transformed
 from ..operator import operator
 
 SOURCE = Source(Path(__file__).with_name("skinny.c"))
@@ -92,7 +92,7 @@ def _why_not_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None
         return f"it takes plain tensors, not {type(x).__name__} and {type(weight).__name__}"
     if torch.is_autocast_enabled("cpu"):
         return "autocast picks the dtype"
-    return None
+    return TRANSFORMED if transformed() else None
 
 
 _PLAIN = (Tensor, Parameter)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..native import transformed
 from ..operator import operator
 from . import chunked, cpu, reference
 from .reference import CrossEntropy, Head
@@ -105,6 +106,8 @@ def _checked(
 
 def _pick(backend: Backend | None, hidden: Tensor) -> Backend:
     if backend is None:
+        if transformed():
+            return "reference"
         return "torch" if cpu.why_not(hidden) else "cpu"
     if (reason := why_not(backend, hidden)) is not None:
         raise ValueError(f"backend {backend!r} cannot run: {reason}")

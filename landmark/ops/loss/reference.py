@@ -41,12 +41,13 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
     Label smoothing e (Szegedy et al., 2016): (1 - e) nll + e mean_v(-log p_v); z-loss (PaLM, 2022): z_loss log(Z)^2.
     """
     keep = targets != -100
-    y = logits(hidden[keep], weight, bias, head)
+    y = logits(hidden.masked_fill(~keep[:, None], 0.0), weight, bias, head)
     lse = y.logsumexp(-1)
-    nll = lse - y.gather(-1, targets[keep, None]).squeeze(-1)
+    nll = lse - y.gather(-1, targets.clamp(min=0)[:, None]).squeeze(-1)
     e = head.label_smoothing
     loss = (1 - e) * nll + e * (lse - y.mean(-1)) + head.z_loss * lse.square()
-    return CrossEntropy(loss.sum(), nll.detach().sum(), keep.sum(), lse.detach().square().sum())
+    loss, likelihood, z = (t.where(keep, 0.0).sum() for t in (loss, nll.detach(), lse.detach().square()))
+    return CrossEntropy(loss, likelihood, keep.sum(), z)
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, head: Head) -> Tensor:

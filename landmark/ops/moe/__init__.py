@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..native import transformed
 from . import choose, experts, loop, native, reference, rows
 
 Backend = Literal["reference", "loop", "native", "grouped_mm"]
@@ -76,6 +77,8 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, *, backend: Backen
 
 
 def _pick(x: Tensor, weight: Tensor) -> Backend:
+    if transformed():
+        return "reference"
     if x.is_cuda:
         return "grouped_mm" if loop.why_not_grouped_mm(x, weight) is None else "loop"
     return "native" if native.why_not(x, weight) is None else "loop"

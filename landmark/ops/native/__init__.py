@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch  # first: its OpenMP runtime must be the one that the kernels find loaded
+from torch.autograd import forward_ad
 
 FLAGS = (
     "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math",
@@ -29,6 +30,7 @@ FLAGS = (
 )  # fmt: skip
 HEADERS = Path(__file__).parent
 OFF = "LANDMARK_NATIVE=0"
+TRANSFORMED = "torch.func and forward-mode derivatives do not see into it"
 
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -42,6 +44,12 @@ def constant(function: F) -> F:
 
 class Unavailable(Exception):
     """Why no C kernels run here, in one line."""
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or a level of forward-mode derivatives is at work: its tensors are more than
+    the numbers that lie at their address."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 class Source:
@@ -58,6 +66,8 @@ class Source:
     @constant
     def why_not(self) -> str | None:
         """None if the kernels can be called, else why not. Builds them at the first call."""
+        if transformed():
+            return TRANSFORMED
         if self._library is None and self._reason is None:
             try:
                 self._library = ctypes.CDLL(str(build(self.path)))

@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...linear import linear
+from ...native import transformed
 from ...operator import Operator, operator
 from . import cpu, reference
 from .reference import absmean, pack, quantise_tokens, ternary, unpack
@@ -36,6 +38,8 @@ def ternary_linear(
     x, straight through its rounding, and the bias.
     """
     _check(backend, x, scale, bias)
+    if transformed():
+        return _straight(x, unpack(packed, out) * (1 / scale if reciprocal else scale), bias)
     y: Tensor = _ternary_linear(x, packed, scale, bias, out, reciprocal, backend)
     return y
 
@@ -47,8 +51,18 @@ def bit_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend
     them takes one byte a number of x and two bits a weight.
     """
     _check(backend, x, weight, bias)
+    if transformed():
+        scale = absmean(weight.detach())
+        return _straight(x, weight + (ternary(weight.detach(), scale) * scale - weight).detach(), bias)
     y: Tensor = _bit_linear(x, weight, bias, backend)[0]
     return y
+
+
+def _straight(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same map of x rounded, as torch.func and forward-mode derivatives see through it."""
+    numbers, factor = quantise_tokens(x.detach())
+    rounded = x + (numbers / factor - x).detach()
+    return F.linear(rounded.to(x.dtype), weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _check(backend: Backend | None, x: Tensor, *others: Tensor | None) -> None:
