@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as every
 
 from ..config import Config
 from ..ops.linear import linear
@@ -59,8 +60,10 @@ def by_expert(x: Tensor, counts: Tensor, out: int, product: Callable[[Tensor, in
 
 
 def unhooked(*modules: nn.Module | None) -> bool:
-    """Whether nobody has a hook on any of these (None aside), or a `forward` of its own in its place, so that what it
-    does need not be done by calling it."""
+    """Whether nobody has a hook on any of these (None aside), or on all modules that there are, or a `forward` of its
+    own in its place, so that what it does need not be done by calling it."""
+    if every._global_forward_hooks or every._global_forward_pre_hooks:
+        return False
     for m in modules:
         if m is not None and (m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__):
             return False

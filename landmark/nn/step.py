@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.nn.modules import module as every
 from torch.utils.hooks import RemovableHandle
 
 from ..ctx import Ctx
@@ -137,6 +136,7 @@ class Kept:
         ]
         scaled = [m.__dict__ for m in modules if "scale" in m.__dict__]
         places += [(where, name, where[name]) for where in scaled for name in ("scale", "training")]
+        places += [(m.__dict__, "forward", m.__dict__.get("forward")) for m in modules]
         self._wheres, self._names, self._whats = (list(column) for column in zip(*places, strict=True))
         self._tensors = [what for what in self._whats if isinstance(what, Tensor)]
         self._addresses = [t.data_ptr() for t in self._tensors]
@@ -157,9 +157,7 @@ class Kept:
         return Plan(parts, b"".join(each.packed for part in parts for each in part.steps))
 
     def _watched(self, modules: Sequence[nn.Module]) -> bool:
-        """Whether somebody has a hook on one of them, or on all modules there are."""
-        watched = bool(every._global_forward_hooks or every._global_forward_pre_hooks)
-        watched = watched or any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+        watched = not unhooked(*modules)
         self._hooked = self._hooked or watched
         return watched
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as every
 
 from ..ops.linear import linears
 from ..ops.quant.codes import linears as coded_linears
@@ -29,10 +28,8 @@ def together(x: Tensor, *maps: nn.Module) -> Sequence[Tensor]:
 
 
 def owned(*maps: nn.Module) -> bool:
-    """Whether what these make is nobody's but the caller's, who may overwrite it: no hook of theirs, or of all modules
-    that there are, has seen it."""
-    watched = every._global_forward_hooks or every._global_forward_pre_hooks or not unhooked(*maps)
-    return not watched and all(type(m) is Linear or type(m) is CodedLinear for m in maps)
+    """Whether what these make is nobody's but the caller's, who may overwrite it: no hook has seen it."""
+    return unhooked(*maps) and all(type(m) is Linear or type(m) is CodedLinear for m in maps)
 
 
 def by_pieces(run: Callable[[Tensor], Tensor], x: Tensor, *maps: nn.Module) -> Tensor:

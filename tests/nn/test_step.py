@@ -18,6 +18,7 @@ from landmark.models.decoder import Decoder
 from landmark.nn import residual
 from landmark.nn import step as nn_step
 from landmark.ops import step
+from landmark.ops.linear import linear
 from landmark.transforms.quantise import quantise, quantised
 
 needs_kernel = pytest.mark.skipif(step.SOURCE.why_not() is not None, reason="no C compiler")
@@ -205,6 +206,13 @@ def test_hooks_and_changed_weights_count(monkeypatch: pytest.MonkeyPatch) -> Non
         logits(model)
     assert not calls  # somebody looks at all modules there are
     every.remove()
+    replaced = model.get_submodule("layers.1.ffn.fn.down")
+    replaced.forward = lambda x: linear(x, replaced.weight) * 5  # type: ignore[arg-type]
+    with counted(monkeypatch) as calls:
+        assert not torch.allclose(logits(model), before)
+    assert calls == [3, 2] * 5  # what has another forward in its place is called
+    del replaced.forward
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
     scaled = model.get_submodule("layers.1.ffn")
     assert isinstance(scaled, residual.PreNorm)
     scaled.scale = 0.5
