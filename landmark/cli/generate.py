@@ -96,13 +96,20 @@ def generate(
         "frequency_penalty": frequency_penalty, "seed": seed, "stop": tuple(stop) if stop else None,
     }  # fmt: skip
     if batch is not None:
-        if text or prompt or file or samples > 1 or beams or stream:
+        if text or prompt or file or lines or samples > 1 or beams or stream:
             raise ValueError('--batch takes its prompts from its file, and "n" from its lines; give nothing else')
-        _answer_file(model, batch, output, settings, int(memory * 1e9), at_once, dtype, device, as_json, adapter)
+        if output is None:
+            raise ValueError("--batch needs --output, where its answers go")
+        loading = {"dtype": dtype, "device": device, "quantise": quantise, "adapter": adapter}
+        _answer_file(model, batch, output, settings, int(memory * 1e9), at_once, draft, loading, as_json)
         return
+    if output is not None:
+        raise ValueError("--output is for the answers to --batch; without it they go to standard output")
     prompts = read_prompts([*(text or ()), *(prompt or ())], file or [], lines)
     if beams and samples > 1:
         raise ValueError("--samples draws answers and --beams searches for the best; give one of them")
+    if beams and draft is not None:
+        raise ValueError("--draft is for drawing and --beams searches for the best; leave out one of them")
     drawing = [name for name in ("temperature", "top_k", "top_p", "min_p", "seed") if settings[name] is not None]
     if beams and drawing:
         option = "--" + drawing[0].replace("_", "-")
@@ -135,27 +142,28 @@ def generate(
 
 
 def _answer_file(
-    spec: str, source: Path, target: Path | None, settings: dict[str, Any], memory: int, at_once: int,
-    dtype: str | None, device: str, as_json: bool, adapter: str | None,
+    spec: str, source: Path, target: Path, settings: dict[str, Any], memory: int, at_once: int, draft: str | None,
+    loading: dict[str, Any], as_json: bool,
 ) -> None:  # fmt: skip
     """`--batch`: with a bar, the rate and the time that is left."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from ..infer.batch import Progress as State
-    from ..infer.batch import answer_file, read_lines
+    from ..infer.batch import answer_file, check_target, read_lines
     from ..infer.defaults import recommended
     from ..infer.engine import Engine
     from ..models.base import kind
     from ..models.decoder import Decoder
+    from .serve import open_draft
 
-    if target is None:
-        raise ValueError("--batch needs --output, where its answers go")
     read_lines(source)  # before a model is loaded for them
-    model, tokenizer = open_model(spec, dtype, device, adapter=adapter)
+    check_target(target)
+    model, tokenizer = open_model(spec, **loading)
     if not isinstance(model, Decoder):
         raise ValueError(f"{spec} is {kind(model)}; --batch serves decoders")
-    engine = Engine(model, tokenizer, memory=memory, max_batch=at_once)
+    drafter = None if draft is None else open_draft(draft, loading["dtype"], loading["device"])
+    engine = Engine(model, tokenizer, memory=memory, max_batch=at_once, drafter=drafter)
     began = time.perf_counter()
     with Progress(
         TextColumn("answers"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
@@ -168,7 +176,7 @@ def _answer_file(
             rate = f"{state.tokens / (time.perf_counter() - began):,.0f} tokens/s"
             bar.update(task, total=state.total, completed=state.done, rate=rate)
 
-        key = f"{spec} {model.dtype}" + (f" {adapter}" if adapter else "")
+        key = f"{spec} {loading} {_files_of(spec)} {_files_of(loading['adapter'])}"
         done = answer_file(engine, source, target, recommended(model, **settings), key=key, report=report)
     seconds = time.perf_counter() - began
     figures = {"output": str(target), "lines": done.total, "failed": done.failed, "tokens": done.tokens}
@@ -176,6 +184,14 @@ def _answer_file(
         print(json.dumps({**figures, "seconds": round(seconds, 4)}, indent=2))
     else:
         print(f"{target}: {done.total} lines, {done.failed} failed; {done.tokens} tokens in {seconds:.1f} s")
+
+
+def _files_of(spec: str | None) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the weights in a directory: others are another model, under whatever name."""
+    from ..weights.checkpoint import locate
+
+    files = [] if spec is None else sorted(locate(spec).glob("*.safetensors"))
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def read_prompts(given: list[str], files: list[Path], lines: bool) -> list[str]:
@@ -225,10 +241,11 @@ def open_model(
 
 def only_decoder(model: Decoder | EncoderDecoder) -> Decoder:
     """Raises ValueError for an encoder-decoder."""
+    from ..models.base import kind
     from ..models.decoder import Decoder
 
     if not isinstance(model, Decoder):
-        raise ValueError(f"a {type(model).__name__} cannot speculate; leave --draft out")
+        raise ValueError(f"{kind(model)} cannot speculate; leave --draft out")
     return model
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ..weights.files import read_text
+from ..weights.files import read_json_lines
 from .likelihood import LanguageModel
 
 
@@ -34,11 +32,8 @@ class Choices:
 def read_questions(path: str | Path) -> list[Question]:
     """JSONL with "context" (or "question"), "choices", "answer" (index or text). Raises ValueError naming the line."""
     questions = []
-    for number, line in enumerate(read_text(Path(path)).splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, row in read_json_lines(Path(path)):
         try:
-            row: dict[str, Any] = json.loads(line)
             choices = tuple(row["choices"])
             answer = row["answer"]
             index = answer if isinstance(answer, int) else choices.index(answer)

@@ -61,10 +61,13 @@ class Sampling:
             "frequency_penalty": (math.isfinite(self.frequency_penalty), "a number"),
             "max_tokens": (_whole(self.max_tokens, 1), "a whole number of at least 1"),
             "seed": (self.seed is None or _whole(self.seed, 0), "a whole number of at least 0, or None"),
-            "stop": (isinstance(self.stop, tuple) and all(self.stop), "a tuple of strings that are not empty"),
+            "stop": (
+                isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
+                "a tuple of strings that are not empty",
+            ),
             "stop_ids": (self.stop_ids is None or all(_whole(i, 0) for i in self.stop_ids), "token ids"),
             "logit_bias": (
-                all(_whole(i, 0) and not math.isnan(b) and b < math.inf for i, b in self.logit_bias.items()),
+                all(_whole(i, 0) and isinstance(b, int | float) and b < math.inf for i, b in self.logit_bias.items()),
                 "token ids and what is added to their logits",
             ),
         }

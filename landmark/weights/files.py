@@ -22,12 +22,24 @@ def beside(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path, temporary):
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Within, `path` is written: an OSError that names no file (a full disk does not), or `temporary`, names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -41,6 +53,26 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8 (byte {error.start} is {error.object[error.start]:#x})") from None
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The JSON values of a file with one in each line, with the numbers of the lines; blank ones are left out.
+
+    Only a line feed ends a line: JSON may hold the other characters that Python's `splitlines` takes for ends. Raises
+    ValueError, naming the line, for what is not JSON, and for half a character of UTF-16, which JSON can spell.
+    """
+    for number, line in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"U+{ord(error.object[error.start]):04X}"
+            raise ValueError(f"{path}, line {number} holds half a character, {half}; write whole ones") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}; write one JSON object a line") from None
+        yield number, value
 
 
 def read_json(path: Path) -> Any:
@@ -123,9 +155,13 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     ready = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
     try:
         with beside(path) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode
             save_file(_unshared(ready), temporary, metadata={"format": "pt"})
+            temporary.chmod(mode)  # safetensors lets nobody else read it
     except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write {path}: {error}; what stood there before is untouched") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise OSError(f"cannot write {path}: {reason}; what stood there before is untouched") from None
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -210,6 +211,14 @@ def test_paths_that_are_no_directories(directory: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="no-such/model is no directory here, and the hub does not give it"):
         landmark.load("no-such/model")
+
+
+def test_weights_may_be_read_by_whom_the_umask_says(tmp_path: Path) -> None:
+    for umask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        before = os.umask(umask)
+        files.write_file(tmp_path / "w.safetensors", {"a": torch.ones(2)})
+        os.umask(before)
+        assert (tmp_path / "w.safetensors").stat().st_mode & 0o777 == mode
 
 
 def test_a_full_disk_leaves_the_old_model(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
