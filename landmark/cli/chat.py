@@ -64,9 +64,10 @@ def chat(
 ) -> None:
     """Talk with a model. Type /help for commands."""
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console(highlight=False)
-    with console.status(f"loading {model}"):
+    with console.status(escape(f"loading {model}")):
         loaded, tokenizer = open_model(model, dtype, device, quantise, adapter)
         from ..infer.chat import Conversation
         from ..infer.defaults import recommended
@@ -79,7 +80,7 @@ def chat(
         repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop) if stop else None,
     )  # fmt: skip
     conversation = Conversation(loaded, tokenizer, sampling, system)
-    console.print(f"[bold]{Path(model).name}[/]  [dim]/help for commands, Ctrl-D to leave[/]")
+    console.print(f"[bold]{escape(Path(model).resolve().name)}[/]  [dim]/help for commands, Ctrl-D to leave[/]")
     if not conversation.templated:
         console.print("[yellow]This model has no chat template: it continues your text, line by line.[/]")
     for line in read(console):

@@ -154,7 +154,7 @@ def _print(figures: dict[str, Any], as_json: bool) -> None:
         if isinstance(value, dict):
             value = ", ".join(f"{name} {_number(item)}" for name, item in value.items())
         table.add_row(key.replace("_", " "), _number(value))
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def _number(value: object) -> str:

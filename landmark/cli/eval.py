@@ -67,4 +67,4 @@ def evaluate(
         table = Table("figure", "value", title=row.pop("name"), title_justify="left")
         for key, value in row.items():
             table.add_row(key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else f"{value:,}")
-        Console().print(table)
+        Console(markup=False).print(table)

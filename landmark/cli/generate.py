@@ -177,7 +177,10 @@ def _answer_file(
             bar.update(task, total=state.total, completed=state.done, rate=rate)
 
         key = f"{spec} {loading} {_files_of(spec)} {_files_of(loading['adapter'])}"
-        done = answer_file(engine, source, target, recommended(model, **settings), key=key, report=report)
+        try:
+            done = answer_file(engine, source, target, recommended(model, **settings), key=key, report=report)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped; what is answered is kept, and the same command goes on") from None
     seconds = time.perf_counter() - began
     figures = {"output": str(target), "lines": done.total, "failed": done.failed, "tokens": done.tokens}
     if as_json:
@@ -197,13 +200,14 @@ def _files_of(spec: str | None) -> list[tuple[str, int, int]]:
 def read_prompts(given: list[str], files: list[Path], lines: bool) -> list[str]:
     """What the command line, files and standard input (if there is nothing else) hold."""
     from ..weights.files import read_text
+    from .streams import read_input
 
     texts = [read_text(path) for path in files]
     if not given and not files:
         if sys.stdin.isatty():
             raise ValueError("there is no prompt; give one, or --file, or pipe one in")
-        texts = [sys.stdin.read()]
-    texts = [part for text in texts for part in (text.splitlines() if lines else [text.removesuffix("\n")])]
+        texts = [read_input()]
+    texts = [part for text in texts for part in (text.split("\n") if lines else [text.removesuffix("\n")])]
     prompts = [*given, *(part for part in texts if part)]
     if not prompts:
         raise ValueError("the prompt is empty; give some text")

@@ -59,7 +59,7 @@ def inspect(
         return
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
     console.print(beside(names, rows) if len(names) <= SIDE_BY_SIDE else below(names, rows))
     for (before, after), changes in zip(pairwise(names), steps, strict=False):
         console.print(changed(before, after, changes))

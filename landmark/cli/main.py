@@ -11,6 +11,8 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from .streams import settle
+
 COMMANDS = (
     "quickstart",
     "train",
@@ -115,6 +117,7 @@ def root(
 
 def main() -> None:
     """Run the command line; bad input is one clear line on stderr and exit code 2, a warning is one too."""
+    settle()
     warnings.formatwarning = lambda message, *_, **__: f"landmark: {' '.join(str(message).split())}\n"
     try:
         app()

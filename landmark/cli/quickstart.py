@@ -24,7 +24,7 @@ def quickstart(
     from ..train.interrupt import Interrupted
     from ..train.progress import progress
 
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, markup=False)
     config = recipe(out, steps, tuple(text) if text else "embedded")
     try:
         report = run(config, callbacks=[progress()], resume=resume)

@@ -67,8 +67,10 @@ def show(console: Any, experiment: Any, outcome: Any, folder: Path, seconds: flo
         table.add_row(escape(claim), escape(f.ours), f"[{COLOURS[f.verdict]}]{f.verdict}[/]")
     console.print(table)
     if outcome.note:
-        console.print(outcome.note, style="dim")
-    console.print(f"{outcome.verdict}; {seconds:.0f} s; report, figures and plot in {folder}", style="bold")
+        console.print(outcome.note, style="dim", markup=False)
+    console.print(
+        f"{outcome.verdict}; {seconds:.0f} s; report, figures and plot in {folder}", style="bold", markup=False
+    )
 
 
 def list_experiments(console: Any, out: Path, as_json: bool) -> None:

@@ -242,6 +242,8 @@ def check_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], where: 
         if weights[name].shape != tensor.shape:
             have, want = tuple(weights[name].shape), tuple(tensor.shape)
             raise ValueError(f"{where}: {name!r} has the shape {have}, but config.json says {want}")
+        if weights[name].is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f"{where}: {name!r} holds {weights[name].dtype}, where the model has {tensor.dtype}")
 
 
 def as_device(device: torch.device | str) -> torch.device:

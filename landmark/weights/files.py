@@ -85,6 +85,14 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """As `read_json`, of an object."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}; it must be a JSON object")
+    return value
+
+
 def read_tensors(directory: Path) -> dict[str, Tensor]:
     """Every tensor of a directory's safetensors files, mapped from disk: memory is taken as pages are touched.
 
@@ -92,7 +100,9 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     """
     index = directory / INDEX
     if index.exists():
-        where: dict[str, str] = read_json(index)["weight_map"]
+        where: dict[str, str] = read_object(index).get("weight_map", {})
+        if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
+            raise ValueError(f"{index} has no weight_map from names of tensors to names of files; fetch it again")
         names = sorted(set(where.values()))
         if bad := [name for name in names if Path(name).name != name]:
             raise ValueError(f"{index} names a file outside of its folder: {bad[0]!r}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
 import shlex
 import subprocess
@@ -143,3 +145,43 @@ def test_wrong_input_is_one_line(
 def test_the_package_runs_as_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "landmark", "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "landmark" in done.stdout and "serve" in done.stdout
+
+
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.argv", ["landmark", *shlex.split(line)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (None, 0)
+
+
+def test_closed_streams_and_texts_of_no_encoding(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    for given, message in ((None, "the prompt is empty"), (b"a \xff", "standard input is no text in UTF-8 (byte 2")):
+        told = io.TextIOWrapper(io.BytesIO(), "ascii")  # a locale that knows no more
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.argv", ["landmark", "generate", "model"])
+            patch.setattr("sys.stdin", given and io.TextIOWrapper(io.BytesIO(given), "utf-8"))
+            patch.setattr("sys.stdout", None)
+            patch.setattr("sys.stderr", told)
+            with pytest.raises(SystemExit) as ended:
+                main()
+        told.seek(0)
+        assert ended.value.code == 2 and message in told.read()
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    run(folder, monkeypatch, "papers show rope --json")
+    out.seek(0)
+    assert "θ" in json.loads(out.read())["contribution"]["en"]
+
+
+def test_embed_shows_any_texts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Markup is text; more texts than columns are listed with their neighbours."""
+    run(folder, monkeypatch, "embed bert --text '[red]cat[/red] [/]' --text mat")
+    assert "[red]cat[/red] [/]" in capsys.readouterr().out
+    (folder / "lines.txt").write_text("".join(f"the cat number {n}\n" for n in range(30)))
+    run(folder, monkeypatch, "embed bert --file lines.txt")
+    shown = capsys.readouterr().out
+    assert "the nearest" in shown and "…" not in shown and len(shown.splitlines()) == 35

@@ -223,6 +223,7 @@ def test_another_model_under_the_same_name_is_not_taken_up(tmp_path: Path) -> No
     command = ["generate", str(tmp_path / "model"), "--batch", str(source), "--output", str(target)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "step", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert CliRunner().invoke(app, command).exit_code == 130
+        stopped = CliRunner().invoke(app, command)
+        assert stopped.exit_code == 130 and "the same command goes on" in stopped.stderr
     shutil.copy(tmp_path / "other/model.safetensors", tmp_path / "model/model.safetensors")
     assert "another input, model" in str(CliRunner().invoke(app, command).exception)
