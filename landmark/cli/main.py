@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from importlib import import_module
@@ -115,9 +116,16 @@ def root(
     pass
 
 
+def at_home(argument: str) -> str:
+    """--out=~/runs as the shell reads --out ~/runs: it leaves the former alone, and a folder ~ would be made."""
+    option, equals, value = argument.partition("=")
+    return option + equals + os.path.expanduser(value) if option.startswith("--") else argument
+
+
 def main() -> None:
     """Run the command line; bad input is one clear line on stderr and exit code 2, a warning is one too."""
     settle()
+    sys.argv[1:] = map(at_home, sys.argv[1:])
     warnings.formatwarning = lambda message, *_, **__: f"landmark: {' '.join(str(message).split())}\n"
     try:
         app()

@@ -155,7 +155,7 @@ def own_config(tree: Mapping[str, Any]) -> ModelConfig:
 def describe(spec: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     """The config of a directory, a config.json, a published size, a hub id, a pattern of layers or the TOML file of a
     run with a [model], and its config.json; reads no weights."""
-    path = Path(spec)
+    path = Path(spec).expanduser()
     if is_pattern(str(spec)) and not path.exists():
         return native({"type": "Pattern", "pattern": str(spec)})
     if path.suffix == ".toml" and path.is_file():
@@ -179,7 +179,7 @@ def native(tree: Mapping[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
 def of_run(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """The model of a run, as its TOML file says it, with the vocabulary that [tokenizer] says."""
     try:
-        run = tomllib.loads(path.read_text(encoding="utf-8"))
+        run = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     model = run.get("model")
@@ -196,7 +196,7 @@ def of_run(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 def locate(where: str | Path, patterns: Iterable[str] = DOWNLOADED) -> Path:
     """A directory for a path or a hub id."""
-    path = Path(where)
+    path = Path(where).expanduser()
     if path.is_dir():
         return path
     if path.exists():

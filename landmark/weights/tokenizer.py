@@ -83,7 +83,7 @@ class Tokenizer:
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Reads a directory, or one vocabulary file: tokenizer.json, tiktoken, sentencepiece, vocab.json with
         merges.txt, or vocab.txt, the first of these that is there.  Raises ValueError when none is or it is broken."""
-        path = Path(path)
+        path = Path(path).expanduser()
         if not path.exists():
             raise ValueError(f"{path}: no such tokenizer; give a directory with tokenizer.json or a vocabulary file")
         folder = path if path.is_dir() else path.parent

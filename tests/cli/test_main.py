@@ -175,6 +175,14 @@ def test_closed_streams_and_texts_of_no_encoding(folder: Path, monkeypatch: pyte
     assert "θ" in json.loads(out.read())["contribution"]["en"]
 
 
+def test_home_after_an_equals_sign(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    run(folder, monkeypatch, "embed bert --file=~/ok.txt --json")
+    assert len(json.loads(capsys.readouterr().out)) == 200
+
+
 def test_embed_shows_any_texts(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -219,11 +219,31 @@ def read_toml_text(text: str) -> dict[str, Any]:
         (["model.architectures=['LlamaForCausalLN']"], r"unknown architecture 'LlamaForCausalLN'; did you mean"),
         (["model=llama2-7c"], r"no published size is called 'llama2-7c'; did you mean"),
         (["model.type='GLU'"], r"GLU has no field"),
+        (["out="], "out is empty"),
+        (["data.corpus=[]"], "the list of a corpus' files is empty"),
     ],
 )
 def test_what_cannot_work(toml: Path, assignments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train(read(toml, *assignments))
+
+
+def test_no_run_replaces_a_model(toml: Path, tmp_path: Path) -> None:
+    landmark.save(landmark.build(read_toml(toml)["model"] | {"vocab_size": 300}), tmp_path / "out")
+    before = sorted((path, path.read_bytes()) for path in (tmp_path / "out").rglob("*"))
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="holds a model, and no run"):
+            train(read(toml), resume=resume)
+    assert sorted((path, path.read_bytes()) for path in (tmp_path / "out").rglob("*")) == before
+
+
+def test_paths_may_begin_at_home(toml: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell does not expand them in TOML; a byte order mark is no key."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    toml.write_text("\ufeff" + toml.read_text().replace(str(tmp_path), "~"))
+    train(read(toml))
+    again = train(read(toml, "model=~/out", "tokenizer.path=~/out", "out=~/more", "data.corpus=~/*.txt"))
+    assert again.out == tmp_path / "more" and (tmp_path / "more" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(("data", "message"), [(b"", "holds no text"), (b"\0\1\2" * 100, "is binary")])
