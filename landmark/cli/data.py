@@ -64,6 +64,8 @@ def train_tokenizer(
     """Train a tokenizer on a corpus and save it as transformers loads it."""
     from ..weights import tokenizer_train
 
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already; give a directory that is not there yet")
     corpus = _corpus(sources, text, target, separator, split, part, held_out)
     tokenizer = tokenizer_train.train_tokenizer(
         kind.value, corpus.texts(), vocab_size, lowercase=lowercase, progress=not as_json and sys.stderr.isatty()
@@ -137,7 +139,14 @@ def _corpus(
 
     source: str | list[str] = sources[0] if len(sources) == 1 else sources
     if separator is not None:
-        separator = separator.encode().decode("unicode_escape")
+        try:
+            separator = separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"--separator {separator!r}: {error.reason}; \\n is a line feed, \\\\ a backslash"
+            ) from None
+        if not separator:
+            raise ValueError("--separator is empty; give what stands between two documents, such as '\\n\\n'")
     corpus = open_corpus(source, text=text, target=target, separator=separator, split=split)
     return corpus if part is Part.all else corpus.split(held_out)[part is Part.held_out]
 

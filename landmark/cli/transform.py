@@ -23,7 +23,9 @@ def transform(
     rope: Annotated[
         str | None, typer.Option(help="Stretch rotary positions: linear, ntk, dynamic, yarn, llama3, or abf.")
     ] = None,
-    factor: Annotated[float, typer.Option(help="How many times longer the context becomes, with --rope.")] = 1.0,
+    factor: Annotated[
+        float | None, typer.Option(help="How many times longer the context becomes, with --rope.")
+    ] = None,
     theta: Annotated[float | None, typer.Option(help="The new rotary base, with --rope abf.")] = None,
     bitnet: Annotated[
         bool, typer.Option("--bitnet", help="Ternary linear maps in the layers, to be trained (BitNet b1.58).")
@@ -55,6 +57,10 @@ def transform(
             "there is nothing to transform; give --kv-heads N, --drop-layers N, --rope WAY, --bitnet, --pack, "
             "--quantise WAY or --adapter DIRECTORY"
         )
+    if rope is None and (factor is not None or theta is not None):
+        raise ValueError(f"--{'theta' if factor is None else 'factor'} goes with --rope; give that too")
+    if rope is not None and rope != "abf" and factor is None:
+        raise ValueError(f"--rope {rope} needs --factor: how many times longer the context becomes")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already; give a directory that is not there yet")
 
@@ -75,7 +81,7 @@ def transform(
     if drop_layers is not None:
         new = upscale_depth(new, drop_layers)
     if rope is not None:
-        new = extend_context(new, rope, factor, theta=theta)
+        new = extend_context(new, rope, 1.0 if factor is None else factor, theta=theta)
     if bitnet:
         new = ternary.bitnet(new)
     if pack:

@@ -36,10 +36,15 @@ def read_questions(path: str | Path) -> list[Question]:
         try:
             choices = tuple(row["choices"])
             answer = row["answer"]
+            if bad := [choice for choice in choices if not isinstance(choice, str) or not choice]:
+                raise ValueError(f"the choice {bad[0]!r} is no text")
             index = answer if isinstance(answer, int) else choices.index(answer)
             if len(choices) < 2 or not 0 <= index < len(choices):
                 raise ValueError(f"answer {answer!r} among {len(choices)} choices")
-            questions.append(Question(row["context"] if "context" in row else row["question"], choices, index))
+            context = row["context"] if "context" in row else row["question"]
+            if not isinstance(context, str):
+                raise ValueError(f"the context {context!r} is no text")
+            questions.append(Question(context, choices, index))
         except (KeyError, ValueError, TypeError) as error:
             raise ValueError(
                 f"{path}, line {number}: {error}; it needs context, choices (two or more), answer"

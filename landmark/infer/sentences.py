@@ -17,7 +17,7 @@ from ..models.encoder import Encoder
 from ..nn.heads import FirstToken, LastToken, MeanPool, Pool
 from ..weights.checkpoint import load, locate
 from ..weights.files import read_json
-from ..weights.tokenizer import Tokenizer, whole_characters
+from ..weights.tokenizer import Tokenizer, check_ids, whole_characters
 
 POOLS: Mapping[str, Pool] = {"mean": MeanPool(), "cls": FirstToken(), "lasttoken": LastToken()}
 TOKENS = 8192  # of a batch, padding included
@@ -76,6 +76,8 @@ class SentenceEncoder:
         texts = [text.lower() for text in texts] if self.lowercase else texts
         with whole_characters(texts):
             found = [encoding.ids for encoding in backend.encode_batch(texts)]
+        for ids in found:
+            check_ids(ids, self.model.cfg.embed.vocab)
         if beyond := [i for i, ids in enumerate(found) if len(ids) > self.longest]:
             n = len(found[beyond[0]])
             raise ValueError(f"text {beyond[0]} has {n} tokens, more than the {self.longest} that are read at once")

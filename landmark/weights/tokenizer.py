@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -47,6 +47,15 @@ def whole_characters(texts: Sequence[str]) -> Iterator[None]:
                 half = f"U+{ord(text[error.start]):04X}"
                 raise ValueError(f"the text holds half a character, {half} at {error.start}; send whole ones") from None
         raise
+
+
+def check_ids(ids: Iterable[int], vocab: int) -> None:
+    """Raises ValueError for ids of a text that a model with so large a vocabulary does not have."""
+    if (largest := max(ids, default=0)) >= vocab:
+        raise ValueError(
+            f"the text has the token id {largest}, but the model's vocabulary ends at {vocab - 1}: its tokenizer "
+            "belongs to another model"
+        )
 
 
 class Tokenizer:

@@ -70,6 +70,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         hf = {"architectures": [architecture], **BODY, "vocab_size": tokenizer.vocab_size}
         landmark.save(landmark.build(hf), where / name)
         tokenizer.save(where / name)
+    for name, architecture in (("larger", "LlamaForCausalLM"), ("largerbert", "BertModel")):  # a tokenizer of another
+        landmark.save(landmark.build({"architectures": [architecture], **BODY, "vocab_size": 262}), where / name)
+        tokenizer.save(where / name)
     (where / "ok.txt").write_text("the cat sat on the mat.\n" * 200)
     (where / "empty.txt").write_text("")
     (where / "bytes.txt").write_bytes(bytes(range(256)))
@@ -113,7 +116,14 @@ WRONG = [
     ("eval bert --text ok.txt", "bert is an Encoder; evaluation by likelihood needs a decoder"),
     ("embed model --text a", "model is a Decoder; sentence embeddings need an encoder"),
     ("embed bert --text a --pool middle", "pooling 'middle' is not supported"),
+    ("eval model --text ok.txt --tasks arc --include nowhere", "nowhere is no folder"),
+    ("eval larger --text ok.txt", "but the model's vocabulary ends at 261"),
+    ("embed largerbert --text cat", "but the model's vocabulary ends at 261"),
     ("data train-tokenizer empty.txt --out t", "empty.txt holds no text"),
+    ("data train-tokenizer ok.txt --out model", "model exists already"),
+    ("data train-tokenizer ok.txt --out t --kind unigram --vocab-size 262 --part all", "vocab_size 262 is too small"),
+    ("data train-tokenizer ok.txt --out t --separator ''", "--separator is empty"),
+    ("data train-tokenizer ok.txt --out t --separator 'a\\'", r"--separator 'a\\': \ at end of string"),
     ("data tokenize ok.txt --tokenizer nowhere --out s", "nowhere: no such tokenizer"),
     ("data tokenize ok.txt --tokenizer model --out s --shard-tokens 0", "--shard-tokens"),
     ("data tokenize ok.txt --tokenizer model --out s --part train --held-out 2", "--held-out"),
