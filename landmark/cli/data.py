@@ -63,14 +63,15 @@ def train_tokenizer(
 ) -> None:
     """Train a tokenizer on a corpus and save it as transformers loads it."""
     from ..weights import tokenizer_train
+    from ..weights.files import check_new, new_directory
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already; give a directory that is not there yet")
+    check_new(out)
     corpus = _corpus(sources, text, target, separator, split, part, held_out)
     tokenizer = tokenizer_train.train_tokenizer(
         kind.value, corpus.texts(), vocab_size, lowercase=lowercase, progress=not as_json and sys.stderr.isatty()
     )
-    tokenizer.save(out)
+    with new_directory(out) as fresh:
+        tokenizer.save(fresh)
     figures = {
         "folder": str(out),
         "kind": kind.value,

@@ -61,8 +61,6 @@ def transform(
         raise ValueError(f"--{'theta' if factor is None else 'factor'} goes with --rope; give that too")
     if rope is not None and rope != "abf" and factor is None:
         raise ValueError(f"--rope {rope} needs --factor: how many times longer the context becomes")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already; give a directory that is not there yet")
 
     from ..models.inspect import count, depth, longest_text
     from ..transforms import bitnet as ternary
@@ -72,7 +70,9 @@ def transform(
     from ..transforms.quantise import quantised
     from ..transforms.uptrain import pool_heads
     from ..weights.checkpoint import load, save
+    from ..weights.files import check_new, new_directory
 
+    check_new(out)
     old = new = load(model, dtype=dtype)
     for one in [read_adapter(where, old) for where in adapter or ()]:
         merge(old, one)
@@ -88,7 +88,8 @@ def transform(
         new = ternary.pack_ternary(new)
     if quantise is not None:
         new = quantised(new, quantise)
-    save(new, out)
+    with new_directory(out) as fresh:
+        save(new, fresh)
     figures = {"parameters": (count(old), count(new)), "layers": (depth(old), depth(new))}
     figures["context"] = (longest_text(old) or 0, longest_text(new) or 0)
     if as_json:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import shutil
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from ..models.registry import Family, Keys, family_of, named, published
 from ..nn.codes import Codes
 from ..nn.float32 import float32_buffers
 from ..nn.lora import LoRA
-from .files import read_json, read_tensors, write_json, write_tensors
+from .files import beside, read_json, read_tensors, write_json, write_tensors
 from .rules import load as apply_rules
 from .rules import unload
 
@@ -109,8 +108,8 @@ def carry(source: Path, target: Path) -> None:
         for path in source.glob(pattern):
             copy = target / path.relative_to(source)
             if path.is_file() and not copy.exists():
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, copy)
+                with beside(copy) as temporary:
+                    temporary.write_bytes(path.read_bytes())
 
 
 def published_form(model: Model) -> dict[str, Any] | None:

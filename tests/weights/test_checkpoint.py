@@ -257,3 +257,31 @@ def test_describe_reads_no_weights(directory: Path) -> None:
     assert hf["hidden_size"] == 16 and config == describe(directory / "config.json")[0]
     with pytest.raises(ValueError, match="no published size is called 'lama'"):
         describe("lama")
+
+
+def test_a_new_directory_is_whole_or_not_there(tmp_path: Path) -> None:
+    out, left = tmp_path / "out", tmp_path / ".out.tmp"
+    left.mkdir()
+    (left / "half").touch()  # of a process that was killed
+    with pytest.raises(KeyboardInterrupt), files.new_directory(out) as fresh:
+        assert not list(fresh.iterdir())
+        (fresh / "a").touch()
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with files.new_directory(out) as fresh:
+        (fresh / "a").touch()
+    assert list(tmp_path.rglob("*")) == [out, out / "a"]
+
+
+def test_companions_are_whole_or_not_there(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (directory / "tokenizer.json").write_text("{}")
+    write = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        write(path, data[:1])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*copy/tokenizer.json'"):
+        landmark.save(landmark.load(directory), tmp_path / "copy")
+    assert not list((tmp_path / "copy").glob("*tokenizer*"))
