@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..terminal import printable
 from .generate import (
     Adapter,
     Device,
@@ -27,7 +28,6 @@ from .generate import (
     TopK,
     TopP,
     open_model,
-    printable,
 )
 
 if TYPE_CHECKING:

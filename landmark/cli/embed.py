@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .generate import printable
-from .streams import read_input
+from ..terminal import printable, read_input
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,6 +36,8 @@ def embed(
     from ..infer.sentences import SentenceEncoder
     from ..weights.files import read_text
 
+    if not text and not file and sys.stdin.isatty():
+        raise ValueError("there is nothing to embed; give --text TEXT or --file FILE, or pipe lines in")
     read = [read_text(path) for path in file or ()] or ([] if text else [read_input()])
     lines = [line for part in read for line in part.split("\n")]
     texts = [*(text or ()), *(line for line in lines if line.strip())]

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..terminal import printable, read_input
+
 if TYPE_CHECKING:
     from ..infer.sampling import Sampling
     from ..infer.speculative import Drafter
@@ -200,7 +202,6 @@ def _files_of(spec: str | None) -> list[tuple[str, int, int]]:
 def read_prompts(given: list[str], files: list[Path], lines: bool) -> list[str]:
     """What the command line, files and standard input (if there is nothing else) hold."""
     from ..weights.files import read_text
-    from .streams import read_input
 
     texts = [read_text(path) for path in files]
     if not given and not files:
@@ -269,11 +270,6 @@ def open_drafter(spec: str) -> Drafter:
     if not isinstance(model, Decoder):
         raise ValueError(f"{spec} is {kind(model)}, which cannot draft; give a decoder")
     return ModelDrafter(model)
-
-
-def printable(text: str) -> str:
-    """Text without the control characters that would steer a terminal."""
-    return "".join(c for c in text if (c >= " " and not "\x7f" <= c < "\xa0") or c in "\n\t")
 
 
 def _encode(model: Decoder | EncoderDecoder, tokenizer: Tokenizer, prompts: list[str]) -> list[list[int]]:

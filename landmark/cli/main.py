@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from .streams import settle
+from ..terminal import settle
 
 COMMANDS = (
     "quickstart",

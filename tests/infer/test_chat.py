@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 
 import landmark
 from landmark.cli import chat as command
-from landmark.cli.generate import printable
 from landmark.cli.main import app
 from landmark.infer.chat import Conversation, end_of_turn, prompt_ids
 from landmark.infer.generate import generate
 from landmark.infer.sampling import Sampling
 from landmark.infer.session import Session
 from landmark.models.decoder import Decoder
+from landmark.terminal import printable
 from landmark.weights.tokenizer import Tokenizer
 
 from .models import LLAMA, MARIAN, build, tokenizer

@@ -1,4 +1,4 @@
-"""Standard input and output, whatever they are connected with."""
+"""Standard input and output, whatever they are connected with, and what may be shown there."""
 
 from __future__ import annotations
 
@@ -27,3 +27,8 @@ def read_input() -> str:
         raise ValueError(
             f"standard input is no text in {error.encoding.upper()} (byte {error.start} is {byte:#x})"
         ) from None
+
+
+def printable(text: str) -> str:
+    """Text without the control characters that would steer a terminal."""
+    return "".join(c for c in text if (c >= " " and not "\x7f" <= c < "\xa0") or c in "\n\t")
