@@ -45,7 +45,7 @@ EXAMPLES = {
     "data tokenize": "landmark data tokenize 'text/*.md' --tokenizer runs/tokenizer --out runs/shards",
     "data info": "landmark data info runs/shards",
     "papers": "landmark papers state space",
-    "papers search": "landmark papers search rotary --year 2023",
+    "papers search": "landmark papers search attention --year 2023",
     "papers show": "landmark papers show rope --lang ja",
     "papers graph": "landmark papers graph mamba",
     "papers essentials": "landmark papers essentials --newcomers",
@@ -136,6 +136,14 @@ def main() -> None:
         sys.exit(2)
     except ArithmeticError as error:  # a run that diverged
         print(f"landmark: {error}", file=sys.stderr)
+        sys.exit(1)
+    except RuntimeError as error:
+        if not any(said in str(error) for said in ("out of memory", "can't allocate memory")):
+            raise
+        told = " ".join(str(error).split())
+        print(
+            f"landmark: not enough memory ({told}); less of it is asked for with --quantise or --dtype", file=sys.stderr
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -82,9 +82,11 @@ def check_target(target: Path) -> None:
     """Raises ValueError for answers that are there already, and OSError where none can be written."""
     if target.exists():
         raise ValueError(f"{target} exists; remove it, or give another name for the answers")
-    with naming(target):
+    try:
         target.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from None
 
 
 def read_lines(path: Path) -> dict[int, dict[str, Any]]:

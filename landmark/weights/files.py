@@ -149,6 +149,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 def read_file(path: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors file, mapped from disk."""
+    open(path, "rb").close()  # the library says of what may not be read that it is not there
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}

@@ -185,6 +185,21 @@ def test_closed_streams_and_texts_of_no_encoding(folder: Path, monkeypatch: pyte
     assert "θ" in json.loads(out.read())["contribution"]["en"]
 
 
+def test_too_little_memory_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("landmark.weights.checkpoint.read_tensors", full)
+    monkeypatch.setattr("sys.argv", ["landmark", "generate", "model", "hello"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    told = capsys.readouterr().err
+    assert ended.value.code == 1 and told.count("\n") == 1 and "Tried to allocate 2 GiB" in told
+
+
 def test_home_after_an_equals_sign(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

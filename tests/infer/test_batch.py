@@ -209,6 +209,8 @@ def test_the_command(tmp_path: Path) -> None:
     check(read(tmp_path / "drafted.jsonl"))
     rounded = CliRunner().invoke(app, [*command, "--quantise", "int4", "--output", str(tmp_path / "rounded.jsonl")])
     assert rounded.exit_code == 0 and read(tmp_path / "rounded.jsonl") != read(target)
+    nowhere = CliRunner().invoke(app, [*command, "--output", "/proc/out.jsonl"]).exception
+    assert isinstance(nowhere, OSError) and nowhere.filename == "/proc/out.jsonl"
     again = str(CliRunner().invoke(app, [*command, "--output", str(target)]).exception)
     assert "out.jsonl exists" in again
     astray = ["generate", str(tmp_path / "model"), "x", "--output", str(tmp_path / "x")]

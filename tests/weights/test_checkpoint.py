@@ -273,6 +273,15 @@ def test_a_new_directory_is_whole_or_not_there(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*")) == [out, out / "a"]
 
 
+def test_weights_that_may_not_be_read(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, mode: str) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(files, "open", refuse, raising=False)  # whoever runs the tests may be allowed everything
+    with pytest.raises(PermissionError, match=r"model\.safetensors"):
+        landmark.load(directory)
+
+
 def test_companions_are_whole_or_not_there(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (directory / "tokenizer.json").write_text("{}")
     write = Path.write_bytes
