@@ -20,6 +20,8 @@ from landmark.nn.bitlinear import BitLinear
 from landmark.objectives.lm import CausalLM
 from landmark.train import WSD, AdamW, Callback, Cosine, Interrupted, InverseSqrt, Lion, Muon, TrainConfig, train
 from landmark.train.read import override, parse, read_toml
+from landmark.transforms.bitnet import bitnet, pack_ternary
+from landmark.transforms.quantise import quantised
 from landmark.weights.tokenizer import Tokenizer
 from tests.train.common import same, weights
 
@@ -235,6 +237,15 @@ def test_no_run_replaces_a_model(toml: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="holds a model, and no run"):
             train(read(toml), resume=resume)
     assert sorted((path, path.read_bytes()) for path in (tmp_path / "out").rglob("*")) == before
+
+
+@pytest.mark.parametrize("change", [lambda m: quantised(m, "int8"), lambda m: pack_ternary(bitnet(m))])
+def test_codes_are_not_trained(toml: Path, tmp_path: Path, change: Any) -> None:
+    """Only norms and embeddings would learn, without a word."""
+    made = train(read(toml, "steps=2", f"out={tmp_path / 'first'}"))
+    landmark.save(change(landmark.load(made.out)), tmp_path / "codes")
+    with pytest.raises(ValueError, match="codes are codes, which are used and not trained"):
+        train(read(toml, f"model={tmp_path / 'codes'}"))
 
 
 def test_paths_may_begin_at_home(toml: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
