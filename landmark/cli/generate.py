@@ -46,7 +46,7 @@ Adapter = Annotated[str | None, typer.Option(help="A LoRA directory or hub id, i
 def generate(
     model: Model,
     text: Annotated[
-        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Prompts; none: standard input is one.")
+        list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts; none: standard input is one.")
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="One more prompt; may be given several times.")] = None,
     file: Annotated[list[Path] | None, typer.Option(help="A text file that is a prompt.")] = None,

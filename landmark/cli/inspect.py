@@ -22,7 +22,7 @@ SIDE_BY_SIDE = 4  # more models than that go one a row
 def inspect(
     specs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="SPEC...", help="Directories, config.json files, hub ids, published sizes; none: all."),
+        typer.Argument(metavar="SPEC", help="Directories, config.json files, hub ids, published sizes; none: all."),
     ] = None,
     context: Annotated[
         int | None, typer.Option(help="Tokens that a token sees; default: the longest text of each model.")

@@ -58,6 +58,10 @@ EXAMPLES = {
 class Commands(TyperGroup):
     """Subcommand `x` lives in landmark/cli/x.py, as a typer app `app` or as a function `x`."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.commands: dict[str, Any] = dict.fromkeys(COMMANDS)  # the names, for those that are mistyped
+
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 

@@ -48,6 +48,7 @@ def test_every_command_shows_an_example_and_reports_as_json() -> None:
         shown = CliRunner().invoke(app, [*path.split(), "--help"], terminal_width=150)
         assert shown.exit_code == 0 and "-completion" not in shown.stdout
         assert re.search(rf"landmark {path}\s", shown.stdout), path
+        assert "[[" not in shown.stdout and "...]" not in shown.stdout, path
         options = {name for parameter in command.params for name in parameter.opts}
         assert "--json" in options or path in SILENT, path
 
@@ -133,6 +134,7 @@ WRONG = [
     ("reproduce Z99", "there is no experiment 'Z99'"),
     ("reproduce F1 --quick --out ok.txt", "Not a directory"),
     ("nosuch", "No such command 'nosuch'"),
+    ("generat", "No such command 'generat'. Did you mean 'generate'"),
 ]  # fmt: skip
 
 
