@@ -55,27 +55,29 @@ def embed(
     fits = 8 * len(texts) <= console.width - 30
     show = matrix if fits else neighbours
     console.print(f"cosine, {vectors.shape[1]} dimensions", style="italic")
-    console.print(show([printable(text) for text in texts], unit @ unit.T))
+    console.print(show([printable(text) for text in texts], unit))
 
 
-def matrix(texts: list[str], cosines: Tensor) -> Table:
-    """Each text with each."""
+def matrix(texts: list[str], unit: Tensor) -> Table:
+    """Each text with each, from vectors of length 1."""
     from rich.table import Table
 
     table = Table("", "text", *map(str, range(1, len(texts) + 1)))
-    for i, row in enumerate(cosines.tolist()):
+    for i, row in enumerate((unit @ unit.T).tolist()):
         table.add_row(str(i + 1), texts[i], *(f"{value:.3f}" for value in row))
     return table
 
 
-def neighbours(texts: list[str], cosines: Tensor) -> Table:
+def neighbours(texts: list[str], unit: Tensor) -> Table:
     """Each text with the one most like it, for more of them than there are columns."""
     from rich.table import Table
 
     table = Table("", "text", "", "the nearest", "cosine", expand=True)
     for column in (table.columns[1], table.columns[3]):
         column.no_wrap, column.ratio = True, 1
-    most = cosines.clone().fill_diagonal_(-2).max(1)
-    for i, (value, j) in enumerate(zip(most.values.tolist(), most.indices.tolist(), strict=True)):
-        table.add_row(str(i + 1), texts[i], str(j + 1), texts[j], f"{value:.3f}")
+    for i, vector in enumerate(unit):
+        cosines = unit @ vector
+        cosines[i] = -2.0
+        j = int(cosines.argmax())
+        table.add_row(str(i + 1), texts[i], str(j + 1), texts[j], f"{cosines[j]:.3f}")
     return table
