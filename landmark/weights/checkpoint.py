@@ -16,7 +16,7 @@ from .. import nn
 from ..config import ModelConfig, from_dict, nearest, to_dict
 from ..models.base import Model, Origin
 from ..models.pattern import Pattern, is_pattern
-from ..models.registry import Family, Keys, family_of, named, published
+from ..models.registry import Family, Keys, family_of, named, published, sizes
 from ..nn.codes import Codes
 from ..nn.float32 import float32_buffers
 from ..nn.lora import LoRA
@@ -162,7 +162,7 @@ def describe(spec: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     if path.is_file() or (path / "config.json").is_file():
         hf = named(read_json(path if path.is_file() else path / "config.json"))
         return read_config(hf)[0], hf
-    if "/" not in str(spec):
+    if "/" not in str(spec) and (str(spec) in sizes() or not path.is_dir()):
         family, hf = published(str(spec))
         return family.read(hf), hf
     hf = named(read_json(locate(spec, patterns=("config.json",)) / "config.json"))

@@ -103,6 +103,7 @@ WRONG = [
     ("serve model --device cudaa --port 0", "there is no device 'cudaa' here"),
     ("bench serve http://127.0.0.1:1", "no server answers at http://127.0.0.1:1"),
     ("bench soak --url http://127.0.0.1:1", "no server answers at http://127.0.0.1:1"),
+    ("inspect .", "config.json does not exist; a model directory needs it"),
     ("inspect gpt22", "did you mean 'gpt2'"),
     ("inspect model --context 0", "a context of 0 tokens is none"),
     ("transform model out", "there is nothing to transform"),
