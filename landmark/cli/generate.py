@@ -167,22 +167,26 @@ def _answer_file(
     drafter = None if draft is None else open_draft(draft, loading["dtype"], loading["device"])
     engine = Engine(model, tokenizer, memory=memory, max_batch=at_once, drafter=drafter)
     began = time.perf_counter()
-    with Progress(
+    bar = Progress(
         TextColumn("answers"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
         TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
         console=Console(stderr=True),
-    ) as bar:  # fmt: skip
-        task = bar.add_task("", total=None, rate="")
+    )  # fmt: skip
+    task = bar.add_task("", total=None, rate="")
 
-        def report(state: State) -> None:
-            rate = f"{state.tokens / (time.perf_counter() - began):,.0f} tokens/s"
-            bar.update(task, total=state.total, completed=state.done, rate=rate)
+    def report(state: State) -> None:
+        bar.start()  # now that nothing is wrong with the files
+        rate = f"{state.tokens / (time.perf_counter() - began):,.0f} tokens/s"
+        bar.update(task, total=state.total, completed=state.done, rate=rate)
 
-        key = f"{spec} {loading} {_files_of(spec)} {_files_of(loading['adapter'])}"
-        try:
-            done = answer_file(engine, source, target, recommended(model, **settings), key=key, report=report)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("stopped; what is answered is kept, and the same command goes on") from None
+    key = f"{spec} {loading} {_files_of(spec)} {_files_of(loading['adapter'])}"
+    try:
+        done = answer_file(engine, source, target, recommended(model, **settings), key=key, report=report)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; what is answered is kept, and the same command goes on") from None
+    finally:
+        if bar.live.is_started:
+            bar.stop()
     seconds = time.perf_counter() - began
     figures = {"output": str(target), "lines": done.total, "failed": done.failed, "tokens": done.tokens}
     if as_json:

@@ -231,4 +231,5 @@ def test_another_model_under_the_same_name_is_not_taken_up(tmp_path: Path) -> No
         stopped = CliRunner().invoke(app, command)
         assert stopped.exit_code == 130 and "the same command goes on" in stopped.stderr
     shutil.copy(tmp_path / "other/model.safetensors", tmp_path / "model/model.safetensors")
-    assert "another input, model" in str(CliRunner().invoke(app, command).exception)
+    other = CliRunner().invoke(app, command)
+    assert "another input, model" in str(other.exception) and other.stderr == ""  # no bar before the message
