@@ -77,11 +77,12 @@ def list_experiments(console: Any, out: Path, as_json: bool) -> None:
     from rich.table import Table
 
     from ..papers.experiment import experiments
+    from ..weights.files import read_object
 
     last = {}
     for row in experiments():
         path = out / row / "report.json"
-        last[row] = json.loads(path.read_text(encoding="utf-8"))["verdict"] if path.exists() else None
+        last[row] = read_object(path).get("verdict") if path.exists() else None
     if as_json:
         known = experiments().values()
         listed = [

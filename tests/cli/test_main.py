@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import landmark
 from landmark.cli.main import COMMANDS, EXAMPLES, app, main
+from landmark.cli.reproduce import list_experiments
 from landmark.weights.tokenizer_train import train_tokenizer
 
 SILENT = {"chat", "serve"}  # commands that report nothing
@@ -221,3 +222,10 @@ def test_embed_shows_any_texts(
     run(folder, monkeypatch, "embed bert --file lines.txt")
     shown = capsys.readouterr().out
     assert "the nearest" in shown and "…" not in shown and len(shown.splitlines()) == 35
+
+
+def test_a_broken_report_is_named(tmp_path: Path) -> None:
+    (tmp_path / "A1").mkdir()
+    (tmp_path / "A1" / "report.json").write_text("{")
+    with pytest.raises(ValueError, match=r"A1/report.json is not valid JSON"):
+        list_experiments(None, tmp_path, True)
