@@ -193,6 +193,8 @@ def _answer_file(
         print(json.dumps({**figures, "seconds": round(seconds, 4)}, indent=2))
     else:
         print(f"{target}: {done.total} lines, {done.failed} failed; {done.tokens} tokens in {seconds:.1f} s")
+    if done.failed == done.total:
+        raise typer.Exit(1)
 
 
 def _files_of(spec: str | None) -> list[tuple[str, int, int]]:

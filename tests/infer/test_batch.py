@@ -207,6 +207,9 @@ def test_the_command(tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert (report["lines"], report["failed"]) == (len(LINES), 1)
     check(read(target))
+    source.write_text('{"prompt": "' + "a " * 200 + '"}\n')
+    assert CliRunner().invoke(app, [*command, "--output", str(tmp_path / "none.jsonl")]).exit_code == 1  # all failed
+    write(source, LINES)
     drafted = CliRunner().invoke(app, [*command, "--draft", "lookup", "--output", str(tmp_path / "drafted.jsonl")])
     assert drafted.exit_code == 0, drafted.output
     check(read(tmp_path / "drafted.jsonl"))
