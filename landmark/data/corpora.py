@@ -234,7 +234,7 @@ class JsonLines(_Files):
                 where = f"{path}, line {number}"
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{where} is not JSON ({error}); write one JSON object a line") from error
                 yield _pair(row, self.text, self.target, f"{name}:{number}", where)
 

@@ -181,6 +181,7 @@ NORM = "model.norm.weight"
         (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
         (lambda d: (d / "config.json").write_text("[]"), "config.json holds a list; it must be a JSON object"),
         (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),
+        (lambda d: (d / "config.json").write_text("[" * 9999 + "]" * 9999), "not valid JSON"),
         (lambda d: (d / "config.json").unlink(), "does not exist"),
         (lambda d: (d / "model.safetensors").unlink(), "holds no model.safetensors"),
         (lambda d: (d / "model.safetensors").write_bytes(b"\x10" * 99), "truncated or corrupt"),
