@@ -96,10 +96,11 @@ def read(console: Console) -> Iterator[str]:
     terminal = sys.stdin.isatty()
     if terminal:
         import readline  # noqa: F401 - gives input() its history and its keys
+    coloured = console.color_system is not None and not console.no_color
+    sign = "\1\033[1;36m\2>\1\033[0m\2 " if coloured else "> "  # \1, \2: readline, what is between takes no room
     message: list[str] = []
     while True:
-        # \1 and \2 tell readline which characters take no room.
-        prompt = ("  " if message else "\1\033[1;36m\2>\1\033[0m\2 ") if terminal else ""
+        prompt = ("  " if message else sign) if terminal else ""
         try:
             line = input(prompt)
         except EOFError:

@@ -39,7 +39,7 @@ Sources = Annotated[
 ]
 Text = Annotated[str, typer.Option(help="Field with the text (JSON lines, Parquet, datasets).")]
 Target = Annotated[str | None, typer.Option(help="Field with the translation, for parallel text.")]
-Separator = Annotated[str | None, typer.Option(help="What separates documents inside a text file.")]
+Separator = Annotated[str | None, typer.Option(help=r"What separates documents inside a text file; \n is a line feed.")]
 Split = Annotated[str, typer.Option(help="Split of a Hugging Face dataset.")]
 PartOption = Annotated[Part, typer.Option(help="Use only this part of the corpus.")]
 HeldOut = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the documents that is held out.")]
