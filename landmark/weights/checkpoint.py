@@ -20,7 +20,7 @@ from ..models.registry import Family, Keys, family_of, named, published, sizes
 from ..nn.codes import Codes
 from ..nn.float32 import float32_buffers
 from ..nn.lora import LoRA
-from .files import beside, read_json, read_tensors, write_json, write_tensors
+from .files import beside, read_json, read_object, read_tensors, write_json, write_tensors
 from .rules import load as apply_rules
 from .rules import unload
 
@@ -52,7 +52,7 @@ def load(
     that are not understood, tensors that are missing, surplus, truncated or of another shape.
     """
     directory = locate(where)
-    hf = named(read_json(directory / "config.json"), architecture)
+    hf = named(read_model_json(directory), architecture)
     config, family = read_config(hf)
     theirs = read_tensors(directory)
     if family is not None:
@@ -122,6 +122,15 @@ def published_form(model: Model) -> dict[str, Any] | None:
     return hf if model.cfg in (described, family.fitted(described, ())) else None
 
 
+def read_model_json(directory: Path) -> Any:
+    """The contents of a model directory's config.json; ValueError that names an adapter's model for an adapter."""
+    adapter = directory / "adapter_config.json"
+    if adapter.exists() and not (directory / "config.json").exists():
+        base = read_object(adapter).get("base_model_name_or_path")
+        raise ValueError(f"{directory} is an adapter; give the model that it is for ({base}), and it with --adapter")
+    return read_json(directory / "config.json")
+
+
 def build(hf: Mapping[str, Any]) -> Model:
     """A model with fresh weights from the contents of a config.json."""
     hf = named(hf)
@@ -160,12 +169,12 @@ def describe(spec: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     if path.suffix == ".toml" and path.is_file():
         return of_run(path)
     if path.is_file() or (path / "config.json").is_file():
-        hf = named(read_json(path if path.is_file() else path / "config.json"))
+        hf = named(read_json(path) if path.is_file() else read_model_json(path))
         return read_config(hf)[0], hf
     if "/" not in str(spec) and (str(spec) in sizes() or not path.is_dir()):
         family, hf = published(str(spec))
         return family.read(hf), hf
-    hf = named(read_json(locate(spec, patterns=("config.json",)) / "config.json"))
+    hf = named(read_model_json(locate(spec, patterns=("config.json",))))
     return read_config(hf)[0], hf
 
 

@@ -202,6 +202,13 @@ def test_a_model_type_with_one_architecture_needs_not_name_it(directory: Path) -
         landmark.load(directory, architecture="LlamaForCausal")
 
 
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "me/llama"}')
+    for read in (landmark.load, describe):
+        with pytest.raises(ValueError, match=r"is an adapter; give the model that it is for \(me/llama\)"):
+            read(tmp_path)
+
+
 def test_a_pickle_is_never_opened(directory: Path) -> None:
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pytorch_model.bin is a pickle, which is never opened"):
