@@ -48,7 +48,8 @@ class Config:
         self.check()
 
     def check(self) -> None:
-        """Raise ValueError for values that cannot be built; sizes (`int` fields) are checked for every config."""
+        """Raise ValueError for values that cannot be built; sizes (`int` fields) and numbers (`float`) are checked for
+        every config."""
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type in ("int", "int | None") and value is not None:
@@ -57,6 +58,8 @@ class Config:
                     raise ValueError(
                         f"{self.type_name}.{field.name} is {value!r}; it must be a whole number of at least {least}"
                     )
+            if field.type in ("float", "float | None") and not isinstance(value, int | float | None):
+                raise ValueError(f"{self.type_name}.{field.name} is {value!r}; it must be a number")
 
 
 def fields(config: Config | type[Config]) -> tuple[dataclasses.Field[Any], ...]:

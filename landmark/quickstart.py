@@ -76,7 +76,7 @@ def run(config: TrainConfig, *, callbacks: Sequence[Callback] = (), resume: bool
 
     Raises what `train` raises.
     """
-    out, began = Path(config.out), time.perf_counter()
+    out, began = Path(config.out).expanduser(), time.perf_counter()
     trained = train(config, callbacks=callbacks, sample=sample, resume=resume)
     text = Prepared(config, out).parts["held-out-0"][0]
     assert isinstance(text, Corpus)

@@ -12,7 +12,7 @@ import landmark
 
 ROOT = Path(landmark.__file__).parent
 FLOORS = [  # a module may import from its own floor and from those below
-    {"config", "ctx", "malloc"},
+    {"config", "ctx", "malloc", "terminal"},
     {"ops"},
     {"nn"},
     {"models", "weights", "data"},

@@ -34,11 +34,9 @@ def serve(
     """Send a server random requests that arrive at random; report the times to the first token and between tokens."""
     import asyncio
 
-    from rich.console import Console
-    from rich.table import Table
-
     from ..serve.load import Load, drive, summary, write
 
+    url = address(url)
     load = Load(requests, rate, prompt, shared, answer, seed)
     name = model or served(url, key)[0]
     timings = asyncio.run(drive(url, name, load, vocab=vocab, key=key))
@@ -47,7 +45,17 @@ def serve(
         write(out, report, timings)
     if as_json:
         print(json.dumps(report, indent=2))
-        return
+    else:
+        show_load(name, report)
+    if not report["finished"]:
+        raise typer.Exit(1)
+
+
+def show_load(name: str, report: dict[str, Any]) -> None:
+    """What a server was asked and how soon it answered, as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table("", "mean", "p50", "p90", "p99", "max", title=f"{name}: milliseconds", title_justify="left", box=None)
     for kind in ("time_to_first_token_ms", "time_between_tokens_ms", "request_ms"):
         figures = report[kind]
@@ -61,6 +69,11 @@ def serve(
     )
     for told in report["errors"]:
         console.print(told, style="red", markup=False)
+
+
+def address(url: str) -> str:
+    """The address of a server, which its clients know with a /v1 behind it, and people without the http://."""
+    return ("" if "://" in url else "http://") + url.rstrip("/").removesuffix("/v1")
 
 
 def served(url: str, key: str | None) -> list[str]:
@@ -116,17 +129,18 @@ def soak(
     if bool(models) == (url is not None):
         raise ValueError("give either models to serve, or the --url of a server that runs")
     if url is not None:
+        url = address(url)
         served(url, key)
     wanted = Soak(minutes=minutes, clients=clients, checked=checked, seed=seed)
     options = ["--memory", str(memory), "--max-batch", str(max_batch), "--dtype", dtype]
     options += ["--draft", draft] if draft else []
     told = Console(stderr=True)
-    with nullcontext(url) if url is not None else serving(models or [], options) as address:
+    with nullcontext(url) if url is not None else serving(models or [], options) as where:
         bar = Progress(BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"), console=told)
         with bar:
             task = bar.add_task("", total=60 * minutes)
             tell = lambda seconds, line: bar.update(task, completed=seconds, description=line)
-            report = asyncio.run(run(address, wanted, model=model, key=key, tell=tell))
+            report = asyncio.run(run(where, wanted, model=model, key=key, tell=tell))
     if out is not None:
         with beside(out) as temporary:
             temporary.write_text(json.dumps(report, indent=2))

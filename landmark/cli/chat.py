@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..terminal import printable
 from .generate import (
     Adapter,
     Device,
@@ -27,7 +28,6 @@ from .generate import (
     TopK,
     TopP,
     open_model,
-    printable,
 )
 
 if TYPE_CHECKING:
@@ -64,9 +64,10 @@ def chat(
 ) -> None:
     """Talk with a model. Type /help for commands."""
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console(highlight=False)
-    with console.status(f"loading {model}"):
+    with console.status(escape(f"loading {model}")):
         loaded, tokenizer = open_model(model, dtype, device, quantise, adapter)
         from ..infer.chat import Conversation
         from ..infer.defaults import recommended
@@ -79,7 +80,7 @@ def chat(
         repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop) if stop else None,
     )  # fmt: skip
     conversation = Conversation(loaded, tokenizer, sampling, system)
-    console.print(f"[bold]{Path(model).name}[/]  [dim]/help for commands, Ctrl-D to leave[/]")
+    console.print(f"[bold]{escape(Path(model).resolve().name)}[/]  [dim]/help for commands, Ctrl-D to leave[/]")
     if not conversation.templated:
         console.print("[yellow]This model has no chat template: it continues your text, line by line.[/]")
     for line in read(console):
@@ -95,10 +96,11 @@ def read(console: Console) -> Iterator[str]:
     terminal = sys.stdin.isatty()
     if terminal:
         import readline  # noqa: F401 - gives input() its history and its keys
+    coloured = console.color_system is not None and not console.no_color
+    sign = "\1\033[1;36m\2>\1\033[0m\2 " if coloured else "> "  # \1, \2: readline, what is between takes no room
     message: list[str] = []
     while True:
-        # \1 and \2 tell readline which characters take no room.
-        prompt = ("  " if message else "\1\033[1;36m\2>\1\033[0m\2 ") if terminal else ""
+        prompt = ("  " if message else sign) if terminal else ""
         try:
             line = input(prompt)
         except EOFError:

@@ -17,8 +17,9 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Write a model directory (config.json, safetensors) from the .pth file that the authors of a model publish."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already; give a directory that is not there yet")
+    from ..weights.files import check_new
+
+    check_new(out)
 
     from ..models.inspect import count
     from ..weights.pth import convert

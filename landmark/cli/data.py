@@ -39,7 +39,7 @@ Sources = Annotated[
 ]
 Text = Annotated[str, typer.Option(help="Field with the text (JSON lines, Parquet, datasets).")]
 Target = Annotated[str | None, typer.Option(help="Field with the translation, for parallel text.")]
-Separator = Annotated[str | None, typer.Option(help="What separates documents inside a text file.")]
+Separator = Annotated[str | None, typer.Option(help=r"What separates documents inside a text file; \n is a line feed.")]
 Split = Annotated[str, typer.Option(help="Split of a Hugging Face dataset.")]
 PartOption = Annotated[Part, typer.Option(help="Use only this part of the corpus.")]
 HeldOut = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the documents that is held out.")]
@@ -63,12 +63,15 @@ def train_tokenizer(
 ) -> None:
     """Train a tokenizer on a corpus and save it as transformers loads it."""
     from ..weights import tokenizer_train
+    from ..weights.files import check_new, new_directory
 
+    check_new(out)
     corpus = _corpus(sources, text, target, separator, split, part, held_out)
     tokenizer = tokenizer_train.train_tokenizer(
         kind.value, corpus.texts(), vocab_size, lowercase=lowercase, progress=not as_json and sys.stderr.isatty()
     )
-    tokenizer.save(out)
+    with new_directory(out) as fresh:
+        tokenizer.save(fresh)
     figures = {
         "folder": str(out),
         "kind": kind.value,
@@ -137,7 +140,14 @@ def _corpus(
 
     source: str | list[str] = sources[0] if len(sources) == 1 else sources
     if separator is not None:
-        separator = separator.encode().decode("unicode_escape")
+        try:
+            separator = separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"--separator {separator!r}: {error.reason}; \\n is a line feed, \\\\ a backslash"
+            ) from None
+        if not separator:
+            raise ValueError("--separator is empty; give what stands between two documents, such as '\\n\\n'")
     corpus = open_corpus(source, text=text, target=target, separator=separator, split=split)
     return corpus if part is Part.all else corpus.split(held_out)[part is Part.held_out]
 
@@ -154,7 +164,7 @@ def _print(figures: dict[str, Any], as_json: bool) -> None:
         if isinstance(value, dict):
             value = ", ".join(f"{name} {_number(item)}" for name, item in value.items())
         table.add_row(key.replace("_", " "), _number(value))
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def _number(value: object) -> str:

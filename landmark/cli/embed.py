@@ -5,9 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from ..terminal import printable, read_input
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import Tensor
 
 
 def embed(
@@ -22,15 +28,18 @@ def embed(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print the vectors as JSON.")] = False,
 ) -> None:
-    """Embed texts (without --text and --file: lines of standard input) and show how alike each two of them are."""
+    """Embed texts (without --text and --file: lines of standard input) and show how alike each two of them are, or of
+    many texts, which other one is the most like each.
+    """
     from torch.nn import functional as F
 
     from ..infer.sentences import SentenceEncoder
     from ..weights.files import read_text
 
-    lines = [line for path in file or () for line in read_text(path).splitlines()]
-    if not text and not file:
-        lines = sys.stdin.read().splitlines()
+    if not text and not file and sys.stdin.isatty():
+        raise ValueError("there is nothing to embed; give --text TEXT or --file FILE, or pipe lines in")
+    read = [read_text(path) for path in file or ()] or ([] if text else [read_input()])
+    lines = [line for part in read for line in part.split("\n")]
     texts = [*(text or ()), *(line for line in lines if line.strip())]
     if not texts:
         raise ValueError("there is nothing to embed; give --text TEXT, --file FILE or lines on standard input")
@@ -40,10 +49,35 @@ def embed(
         print(json.dumps([{"text": t, "embedding": v} for t, v in zip(texts, vectors.tolist(), strict=True)]))
         return
     from rich.console import Console
-    from rich.table import Table
 
     unit = F.normalize(vectors, dim=-1)
-    table = Table("", "text", *map(str, range(1, len(texts) + 1)), title=f"cosine, {vectors.shape[1]} dimensions")
+    console = Console(markup=False, highlight=False)
+    fits = 8 * len(texts) <= console.width - 30
+    show = matrix if fits else neighbours
+    console.print(f"cosine, {vectors.shape[1]} dimensions", style="italic")
+    console.print(show([printable(text) for text in texts], unit))
+
+
+def matrix(texts: list[str], unit: Tensor) -> Table:
+    """Each text with each, from vectors of length 1."""
+    from rich.table import Table
+
+    table = Table("", "text", *map(str, range(1, len(texts) + 1)))
     for i, row in enumerate((unit @ unit.T).tolist()):
         table.add_row(str(i + 1), texts[i], *(f"{value:.3f}" for value in row))
-    Console().print(table)
+    return table
+
+
+def neighbours(texts: list[str], unit: Tensor) -> Table:
+    """Each text with the one most like it, for more of them than there are columns."""
+    from rich.table import Table
+
+    table = Table("", "text", "", "the nearest", "cosine", expand=True)
+    for column in (table.columns[1], table.columns[3]):
+        column.no_wrap, column.ratio = True, 1
+    for i, vector in enumerate(unit):
+        cosines = unit @ vector
+        cosines[i] = -2.0
+        j = int(cosines.argmax())
+        table.add_row(str(i + 1), texts[i], str(j + 1), texts[j], f"{cosines[j]:.3f}")
+    return table

@@ -27,7 +27,8 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Perplexity and bits per byte of texts, accuracy on multiple-choice questions, and lm-eval tasks."""
-    if not (text or choices or tasks):
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not (text or choices or names):
         raise ValueError("nothing to evaluate; give --text FILE, --choices FILE.jsonl or --tasks NAMES")
     import landmark
 
@@ -52,8 +53,8 @@ def evaluate(
         rows.append({"name": str(path), **figures, "bytes": out.bytes})
     for path in choices or ():
         rows.append({"name": str(path), **vars(evaluate_choices(lm, read_questions(path), shots=shots or 0))})
-    if tasks:
-        results = run_tasks(lm, tasks.split(","), include=include, shots=shots, limit=limit)
+    if names:
+        results = run_tasks(lm, names, include=include, shots=shots, limit=limit)
         for name, row in results.items():
             numbers = {k.removesuffix(",none"): v for k, v in row.items() if isinstance(v, float | int)}
             rows.append({"name": name, **numbers})
@@ -67,4 +68,4 @@ def evaluate(
         table = Table("figure", "value", title=row.pop("name"), title_justify="left")
         for key, value in row.items():
             table.add_row(key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else f"{value:,}")
-        Console().print(table)
+        Console(markup=False).print(table)

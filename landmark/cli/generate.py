@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..terminal import printable, read_input
+
 if TYPE_CHECKING:
     from ..infer.sampling import Sampling
     from ..infer.speculative import Drafter
@@ -44,7 +46,7 @@ Adapter = Annotated[str | None, typer.Option(help="A LoRA directory or hub id, i
 def generate(
     model: Model,
     text: Annotated[
-        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Prompts; none: standard input is one.")
+        list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts; none: standard input is one.")
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="One more prompt; may be given several times.")] = None,
     file: Annotated[list[Path] | None, typer.Option(help="A text file that is a prompt.")] = None,
@@ -96,13 +98,20 @@ def generate(
         "frequency_penalty": frequency_penalty, "seed": seed, "stop": tuple(stop) if stop else None,
     }  # fmt: skip
     if batch is not None:
-        if text or prompt or file or samples > 1 or beams or stream:
+        if text or prompt or file or lines or samples > 1 or beams or stream:
             raise ValueError('--batch takes its prompts from its file, and "n" from its lines; give nothing else')
-        _answer_file(model, batch, output, settings, int(memory * 1e9), at_once, dtype, device, as_json, adapter)
+        if output is None:
+            raise ValueError("--batch needs --output, where its answers go")
+        loading = {"dtype": dtype, "device": device, "quantise": quantise, "adapter": adapter}
+        _answer_file(model, batch, output, settings, int(memory * 1e9), at_once, draft, loading, as_json)
         return
+    if output is not None:
+        raise ValueError("--output is for the answers to --batch; without it they go to standard output")
     prompts = read_prompts([*(text or ()), *(prompt or ())], file or [], lines)
     if beams and samples > 1:
         raise ValueError("--samples draws answers and --beams searches for the best; give one of them")
+    if beams and draft is not None:
+        raise ValueError("--draft is for drawing and --beams searches for the best; leave out one of them")
     drawing = [name for name in ("temperature", "top_k", "top_p", "min_p", "seed") if settings[name] is not None]
     if beams and drawing:
         option = "--" + drawing[0].replace("_", "-")
@@ -135,47 +144,65 @@ def generate(
 
 
 def _answer_file(
-    spec: str, source: Path, target: Path | None, settings: dict[str, Any], memory: int, at_once: int,
-    dtype: str | None, device: str, as_json: bool, adapter: str | None,
+    spec: str, source: Path, target: Path, settings: dict[str, Any], memory: int, at_once: int, draft: str | None,
+    loading: dict[str, Any], as_json: bool,
 ) -> None:  # fmt: skip
     """`--batch`: with a bar, the rate and the time that is left."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from ..infer.batch import Progress as State
-    from ..infer.batch import answer_file, read_lines
+    from ..infer.batch import answer_file, check_target, read_lines
     from ..infer.defaults import recommended
     from ..infer.engine import Engine
     from ..models.base import kind
     from ..models.decoder import Decoder
+    from .serve import open_draft
 
-    if target is None:
-        raise ValueError("--batch needs --output, where its answers go")
     read_lines(source)  # before a model is loaded for them
-    model, tokenizer = open_model(spec, dtype, device, adapter=adapter)
+    check_target(target)
+    model, tokenizer = open_model(spec, **loading)
     if not isinstance(model, Decoder):
         raise ValueError(f"{spec} is {kind(model)}; --batch serves decoders")
-    engine = Engine(model, tokenizer, memory=memory, max_batch=at_once)
+    drafter = None if draft is None else open_draft(draft, loading["dtype"], loading["device"])
+    engine = Engine(model, tokenizer, memory=memory, max_batch=at_once, drafter=drafter)
     began = time.perf_counter()
-    with Progress(
+    bar = Progress(
         TextColumn("answers"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
         TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
         console=Console(stderr=True),
-    ) as bar:  # fmt: skip
-        task = bar.add_task("", total=None, rate="")
+    )  # fmt: skip
+    task = bar.add_task("", total=None, rate="")
 
-        def report(state: State) -> None:
-            rate = f"{state.tokens / (time.perf_counter() - began):,.0f} tokens/s"
-            bar.update(task, total=state.total, completed=state.done, rate=rate)
+    def report(state: State) -> None:
+        bar.start()  # now that nothing is wrong with the files
+        rate = f"{state.tokens / (time.perf_counter() - began):,.0f} tokens/s"
+        bar.update(task, total=state.total, completed=state.done, rate=rate)
 
-        key = f"{spec} {model.dtype}" + (f" {adapter}" if adapter else "")
+    key = f"{spec} {loading} {_files_of(spec)} {_files_of(loading['adapter'])}"
+    try:
         done = answer_file(engine, source, target, recommended(model, **settings), key=key, report=report)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; what is answered is kept, and the same command goes on") from None
+    finally:
+        if bar.live.is_started:
+            bar.stop()
     seconds = time.perf_counter() - began
     figures = {"output": str(target), "lines": done.total, "failed": done.failed, "tokens": done.tokens}
     if as_json:
         print(json.dumps({**figures, "seconds": round(seconds, 4)}, indent=2))
     else:
         print(f"{target}: {done.total} lines, {done.failed} failed; {done.tokens} tokens in {seconds:.1f} s")
+    if done.failed == done.total:
+        raise typer.Exit(1)
+
+
+def _files_of(spec: str | None) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the weights in a directory: others are another model, under whatever name."""
+    from ..weights.checkpoint import locate
+
+    files = [] if spec is None else sorted(locate(spec).glob("*.safetensors"))
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def read_prompts(given: list[str], files: list[Path], lines: bool) -> list[str]:
@@ -186,8 +213,8 @@ def read_prompts(given: list[str], files: list[Path], lines: bool) -> list[str]:
     if not given and not files:
         if sys.stdin.isatty():
             raise ValueError("there is no prompt; give one, or --file, or pipe one in")
-        texts = [sys.stdin.read()]
-    texts = [part for text in texts for part in (text.splitlines() if lines else [text.removesuffix("\n")])]
+        texts = [read_input()]
+    texts = [part for text in texts for part in (text.split("\n") if lines else [text.removesuffix("\n")])]
     prompts = [*given, *(part for part in texts if part)]
     if not prompts:
         raise ValueError("the prompt is empty; give some text")
@@ -225,10 +252,11 @@ def open_model(
 
 def only_decoder(model: Decoder | EncoderDecoder) -> Decoder:
     """Raises ValueError for an encoder-decoder."""
+    from ..models.base import kind
     from ..models.decoder import Decoder
 
     if not isinstance(model, Decoder):
-        raise ValueError(f"a {type(model).__name__} cannot speculate; leave --draft out")
+        raise ValueError(f"{kind(model)} cannot speculate; leave --draft out")
     return model
 
 
@@ -248,11 +276,6 @@ def open_drafter(spec: str) -> Drafter:
     if not isinstance(model, Decoder):
         raise ValueError(f"{spec} is {kind(model)}, which cannot draft; give a decoder")
     return ModelDrafter(model)
-
-
-def printable(text: str) -> str:
-    """Text without the control characters that would steer a terminal."""
-    return "".join(c for c in text if (c >= " " and not "\x7f" <= c < "\xa0") or c in "\n\t")
 
 
 def _encode(model: Decoder | EncoderDecoder, tokenizer: Tokenizer, prompts: list[str]) -> list[list[int]]:

@@ -22,7 +22,7 @@ SIDE_BY_SIDE = 4  # more models than that go one a row
 def inspect(
     specs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="SPEC...", help="Directories, config.json files, hub ids, published sizes; none: all."),
+        typer.Argument(metavar="SPEC", help="Directories, config.json files, hub ids, published sizes; none: all."),
     ] = None,
     context: Annotated[
         int | None, typer.Option(help="Tokens that a token sees; default: the longest text of each model.")
@@ -59,7 +59,7 @@ def inspect(
         return
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
     console.print(beside(names, rows) if len(names) <= SIDE_BY_SIDE else below(names, rows))
     for (before, after), changes in zip(pairwise(names), steps, strict=False):
         console.print(changed(before, after, changes))

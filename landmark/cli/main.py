@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from importlib import import_module
@@ -10,6 +11,8 @@ from typing import Any
 import typer
 from rich.markup import escape
 from typer.core import TyperGroup
+
+from ..terminal import settle
 
 COMMANDS = (
     "quickstart",
@@ -42,7 +45,7 @@ EXAMPLES = {
     "data tokenize": "landmark data tokenize 'text/*.md' --tokenizer runs/tokenizer --out runs/shards",
     "data info": "landmark data info runs/shards",
     "papers": "landmark papers state space",
-    "papers search": "landmark papers search rotary --year 2023",
+    "papers search": "landmark papers search attention --year 2023",
     "papers show": "landmark papers show rope --lang ja",
     "papers graph": "landmark papers graph mamba",
     "papers essentials": "landmark papers essentials --newcomers",
@@ -54,6 +57,10 @@ EXAMPLES = {
 
 class Commands(TyperGroup):
     """Subcommand `x` lives in landmark/cli/x.py, as a typer app `app` or as a function `x`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.commands: dict[str, Any] = dict.fromkeys(COMMANDS)  # the names, for those that are mistyped
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
@@ -113,8 +120,16 @@ def root(
     pass
 
 
+def at_home(argument: str) -> str:
+    """--out=~/runs as the shell reads --out ~/runs: it leaves the former alone, and a folder ~ would be made."""
+    option, equals, value = argument.partition("=")
+    return option + equals + os.path.expanduser(value) if option.startswith("--") else argument
+
+
 def main() -> None:
     """Run the command line; bad input is one clear line on stderr and exit code 2, a warning is one too."""
+    settle()
+    sys.argv[1:] = map(at_home, sys.argv[1:])
     warnings.formatwarning = lambda message, *_, **__: f"landmark: {' '.join(str(message).split())}\n"
     try:
         app()
@@ -125,6 +140,14 @@ def main() -> None:
         sys.exit(2)
     except ArithmeticError as error:  # a run that diverged
         print(f"landmark: {error}", file=sys.stderr)
+        sys.exit(1)
+    except RuntimeError as error:
+        if not any(said in str(error) for said in ("out of memory", "can't allocate memory")):
+            raise
+        told = " ".join(str(error).split())
+        print(
+            f"landmark: not enough memory ({told}); less of it is asked for with --quantise or --dtype", file=sys.stderr
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -113,7 +113,7 @@ def show(
 
 @app.command()
 def graph(
-    name: Annotated[str | None, typer.Argument(metavar="[ID]", help="Only this paper's ancestry and progeny.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="ID", help="Only this paper's ancestry and progeny.")] = None,
     format: Annotated[GraphFormat, typer.Option(help="text, mermaid or dot (Graphviz).")] = GraphFormat.text,
     theme: ThemeName = None,
     lang: Language = Lang.en,

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from ..terminal import printable
+
 
 def quickstart(
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/quickstart"),
@@ -24,7 +26,7 @@ def quickstart(
     from ..train.interrupt import Interrupted
     from ..train.progress import progress
 
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, markup=False)
     config = recipe(out, steps, tuple(text) if text else "embedded")
     try:
         report = run(config, callbacks=[progress()], resume=resume)
@@ -52,8 +54,8 @@ def show(console: object, report: object, out: Path) -> None:
     table.add_row("this model", f"{report.bits_per_byte:.3f}", style="bold green")
     console.print(table)
     for before, after in zip(report.before, report.after, strict=True):
-        console.print(Panel(Text(before), title="before", title_align="left", border_style="dim"))
-        console.print(Panel(Text(after), title="after", title_align="left", border_style="green"))
+        console.print(Panel(Text(printable(before)), title="before", title_align="left", border_style="dim"))
+        console.print(Panel(Text(printable(after)), title="after", title_align="left", border_style="green"))
     figures = f"{report.parameters / 1e6:.1f} M parameters, {report.tokens_per_second:,.0f} tokens/s"
     console.print(f"{figures}, {report.minutes:.1f} minutes in all. The curve is in {out / 'loss.png'}.\n")
     console.print("Next:", style="bold")

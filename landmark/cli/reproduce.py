@@ -67,19 +67,22 @@ def show(console: Any, experiment: Any, outcome: Any, folder: Path, seconds: flo
         table.add_row(escape(claim), escape(f.ours), f"[{COLOURS[f.verdict]}]{f.verdict}[/]")
     console.print(table)
     if outcome.note:
-        console.print(outcome.note, style="dim")
-    console.print(f"{outcome.verdict}; {seconds:.0f} s; report, figures and plot in {folder}", style="bold")
+        console.print(outcome.note, style="dim", markup=False)
+    console.print(
+        f"{outcome.verdict}; {seconds:.0f} s; report, figures and plot in {folder}", style="bold", markup=False
+    )
 
 
 def list_experiments(console: Any, out: Path, as_json: bool) -> None:
     from rich.table import Table
 
     from ..papers.experiment import experiments
+    from ..weights.files import read_object
 
     last = {}
     for row in experiments():
         path = out / row / "report.json"
-        last[row] = json.loads(path.read_text(encoding="utf-8"))["verdict"] if path.exists() else None
+        last[row] = read_object(path).get("verdict") if path.exists() else None
     if as_json:
         known = experiments().values()
         listed = [

@@ -23,7 +23,9 @@ def transform(
     rope: Annotated[
         str | None, typer.Option(help="Stretch rotary positions: linear, ntk, dynamic, yarn, llama3, or abf.")
     ] = None,
-    factor: Annotated[float, typer.Option(help="How many times longer the context becomes, with --rope.")] = 1.0,
+    factor: Annotated[
+        float | None, typer.Option(help="How many times longer the context becomes, with --rope.")
+    ] = None,
     theta: Annotated[float | None, typer.Option(help="The new rotary base, with --rope abf.")] = None,
     bitnet: Annotated[
         bool, typer.Option("--bitnet", help="Ternary linear maps in the layers, to be trained (BitNet b1.58).")
@@ -55,8 +57,10 @@ def transform(
             "there is nothing to transform; give --kv-heads N, --drop-layers N, --rope WAY, --bitnet, --pack, "
             "--quantise WAY or --adapter DIRECTORY"
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already; give a directory that is not there yet")
+    if rope is None and (factor is not None or theta is not None):
+        raise ValueError(f"--{'theta' if factor is None else 'factor'} goes with --rope; give that too")
+    if rope is not None and rope != "abf" and factor is None:
+        raise ValueError(f"--rope {rope} needs --factor: how many times longer the context becomes")
 
     from ..models.inspect import count, depth, longest_text
     from ..transforms import bitnet as ternary
@@ -66,7 +70,9 @@ def transform(
     from ..transforms.quantise import quantised
     from ..transforms.uptrain import pool_heads
     from ..weights.checkpoint import load, save
+    from ..weights.files import check_new, new_directory
 
+    check_new(out)
     old = new = load(model, dtype=dtype)
     for one in [read_adapter(where, old) for where in adapter or ()]:
         merge(old, one)
@@ -75,14 +81,15 @@ def transform(
     if drop_layers is not None:
         new = upscale_depth(new, drop_layers)
     if rope is not None:
-        new = extend_context(new, rope, factor, theta=theta)
+        new = extend_context(new, rope, 1.0 if factor is None else factor, theta=theta)
     if bitnet:
         new = ternary.bitnet(new)
     if pack:
         new = ternary.pack_ternary(new)
     if quantise is not None:
         new = quantised(new, quantise)
-    save(new, out)
+    with new_directory(out) as fresh:
+        save(new, fresh)
     figures = {"parameters": (count(old), count(new)), "layers": (depth(old), depth(new))}
     figures["context"] = (longest_text(old) or 0, longest_text(new) or 0)
     if as_json:

@@ -234,7 +234,7 @@ class JsonLines(_Files):
                 where = f"{path}, line {number}"
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{where} is not JSON ({error}); write one JSON object a line") from error
                 yield _pair(row, self.text, self.target, f"{name}:{number}", where)
 
@@ -341,6 +341,8 @@ def open_corpus(
             path, _, config = rest.partition(":")
             return HuggingFace(path, name=config or None, split_name=split, text=text, target=target)
     sources = [source] if isinstance(source, str | os.PathLike) else source
+    if not sources:
+        raise ValueError("the list of a corpus' files is empty; name some, or embedded")
     paths = tuple(os.fspath(path) for path in sources)
     endings = {path.name.removesuffix(".gz").rpartition(".")[2] for path in find_files(paths).values()}
     if endings <= {"jsonl", "ndjson", "json"}:
@@ -359,7 +361,7 @@ def find_files(paths: Sequence[str]) -> dict[str, Path]:
     """Files by name: that below a folder, or the file's own (with its folders, where two would be the same)."""
     found: dict[str, Path] = {}
     for given in paths:
-        path = Path(given)
+        path = Path(given).expanduser()
         if path.is_dir():
             inside = [file for file in path.rglob("*") if file.is_file()]
             names = {file: file.relative_to(path) for file in inside}
@@ -370,7 +372,7 @@ def find_files(paths: Sequence[str]) -> dict[str, Path]:
         elif path.is_file():
             here = {path.name: path}
         elif glob.has_magic(given):
-            matches = [Path(match) for match in glob.glob(given, recursive=True)]
+            matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
             here = {match.as_posix(): match for match in matches if match.is_file()}
             if not here:
                 raise ValueError(f"{given} matches no file; check the pattern (** crosses folders)")

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..weights.files import beside, read_json, write_json
+from ..weights.files import beside, read_json, read_object, write_json
 from ..weights.tokenizer import Tokenizer
 from .corpora import Corpus, Document
 
@@ -111,7 +111,7 @@ class Shards:
             raise ValueError(f"{self.folder} is a file; give the folder that `landmark data tokenize` wrote")
         if not (self.folder / "meta.json").is_file():
             raise ValueError(f"{self.folder} holds no shards (no meta.json); write them with `landmark data tokenize`")
-        self.meta: dict[str, Any] = read_json(self.folder / "meta.json")
+        self.meta = read_object(self.folder / "meta.json")
         if self.meta.get("format") != FORMAT:
             raise ValueError(
                 f"{self.folder}: shards of format {self.meta.get('format')}, not {FORMAT}; write them anew"

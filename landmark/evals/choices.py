@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ..weights.files import read_text
+from ..weights.files import read_json_lines
 from .likelihood import LanguageModel
 
 
@@ -34,17 +32,19 @@ class Choices:
 def read_questions(path: str | Path) -> list[Question]:
     """JSONL with "context" (or "question"), "choices", "answer" (index or text). Raises ValueError naming the line."""
     questions = []
-    for number, line in enumerate(read_text(Path(path)).splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, row in read_json_lines(Path(path)):
         try:
-            row: dict[str, Any] = json.loads(line)
             choices = tuple(row["choices"])
             answer = row["answer"]
+            if bad := [choice for choice in choices if not isinstance(choice, str) or not choice]:
+                raise ValueError(f"the choice {bad[0]!r} is no text")
             index = answer if isinstance(answer, int) else choices.index(answer)
             if len(choices) < 2 or not 0 <= index < len(choices):
                 raise ValueError(f"answer {answer!r} among {len(choices)} choices")
-            questions.append(Question(row["context"] if "context" in row else row["question"], choices, index))
+            context = row["context"] if "context" in row else row["question"]
+            if not isinstance(context, str):
+                raise ValueError(f"the context {context!r} is no text")
+            questions.append(Question(context, choices, index))
         except (KeyError, ValueError, TypeError) as error:
             raise ValueError(
                 f"{path}, line {number}: {error}; it needs context, choices (two or more), answer"

@@ -21,6 +21,8 @@ def run_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise ValueError("tasks need the package lm-eval: pip install 'landmark-llm[eval]'") from None
+    if include is not None and not Path(include).is_dir():
+        raise ValueError(f"{include} is no folder; --include names one with task files (YAML)")
     manager = TaskManager(include_path=str(include) if include else None, include_defaults=include is None)
     known = set(manager.all_tasks)
     for task in tasks:

@@ -17,7 +17,7 @@ from ..ctx import Bounds
 from ..infer.generate import generate
 from ..infer.sampling import Sampling
 from ..models.decoder import Decoder
-from ..weights.tokenizer import Tokenizer
+from ..weights.tokenizer import Tokenizer, check_ids
 
 
 class Likelihood(NamedTuple):
@@ -88,12 +88,17 @@ class LanguageModel:
     def split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of both, encoded together and cut where the context ends; its trailing spaces go with the second."""
         if not context:
-            return [self.prefix], self.tokenizer.encode(continuation)
+            return [self.prefix], self._encode(continuation)
         spaces = len(context) - len(context.rstrip())
         if spaces:
             context, continuation = context[:-spaces], context[-spaces:] + continuation
-        whole, first = self.tokenizer.encode(context + continuation), self.tokenizer.encode(context)
-        return first, whole[len(first) :]
+        whole, first = self._encode(context + continuation), self._encode(context)
+        return first, whole[len(first) :] or self._encode(continuation)  # one token may be the end of both
+
+    def _encode(self, text: str) -> list[int]:
+        ids = self.tokenizer.encode(text)
+        check_ids(ids, self.model.cfg.embed.vocab)
+        return ids
 
     @torch.inference_mode()
     def loglikelihood_ids(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[Likelihood]:
@@ -127,7 +132,7 @@ class LanguageModel:
         the first window's) sees at least context - stride tokens before it; default: windows do not overlap."""
         if not text:
             raise ValueError("the text is empty; there is nothing to predict")
-        ids = self.tokenizer.encode(text)
+        ids = self._encode(text)
         stride = stride or self.longest
         if not 0 < stride <= self.longest:
             raise ValueError(f"a stride of {stride} must be at least 1 and at most the context, {self.longest}")

@@ -10,16 +10,17 @@ from there.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from ..config import nearest
-from ..weights.files import beside
+from ..weights.files import beside, naming, read_json_lines
 from .chat import prompt_ids, turn_ends
 from .engine import Engine, EngineError, Handle, Request
 from .sampling import Sampling
@@ -55,15 +56,14 @@ def answer_file(
     defaults and the input are the same. Raises ValueError for lines that cannot be read, before anything is answered,
     and for a `target` that is there already.
     """
-    if target.exists():
-        raise ValueError(f"{target} exists; remove it, or give another name for the answers")
+    check_target(target)
     lines = read_lines(source)
     digest = hashlib.sha256(source.read_bytes() + repr((key, defaults)).encode()).hexdigest()
     partial = target.with_name(target.name + ".partial")
-    answered = _resume(partial, digest, source)
-    progress = Progress(len(lines), len(answered), sum("error" in record for record in answered.values()))
-    report(progress)
-    with open(partial, "a", encoding="utf-8") as file:
+    with naming(partial), open(partial, "a+b") as file:
+        answered = _resume(file, partial, digest, source)
+        progress = Progress(len(lines), len(answered), sum("error" in record for record in answered.values()))
+        report(progress)
         for number, record in _answers(engine, lines, defaults, answered):
             answered[number] = record
             _append(file, {"line": number, "record": record})
@@ -71,46 +71,69 @@ def answer_file(
             progress.failed += "error" in record
             progress.tokens += sum(len(answer["tokens"]) for answer in record.get("answers", ()))
             report(progress)
-    with beside(target) as temporary, open(temporary, "w", encoding="utf-8") as out:
-        for number in range(len(lines)):
-            _append(out, answered[number])
-    partial.unlink()
+        with beside(target) as temporary, open(temporary, "wb") as out:
+            for number in lines:
+                _append(out, answered[number])
+        partial.unlink()
     return progress
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a batch. Raises ValueError, naming the line, for one that cannot be asked."""
+def check_target(target: Path) -> None:
+    """Raises ValueError for answers that are there already, and OSError where none can be written."""
+    if target.exists():
+        raise ValueError(f"{target} exists; remove it, or give another name for the answers")
     try:
-        texts = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    found = []
-    for number, text in enumerate(texts, 1):
-        where = f"{path}, line {number}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from None
+
+
+def read_lines(path: Path) -> dict[int, dict[str, Any]]:
+    """The lines of a batch by their number. Raises ValueError, naming the line, for one that cannot be asked."""
+    found = {}
+    for number, line in read_json_lines(path):
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not JSON: {error}") from None
-        if not isinstance(line, dict):
-            raise ValueError(f"{where} holds a {type(line).__name__}; each line must be a JSON object")
-        if unknown := [key for key in line if key not in KEYS]:
-            raise ValueError(f"{where}: {unknown[0]!r} is not known{nearest(unknown[0], KEYS)}")
-        if ("prompt" in line) == ("messages" in line):
-            raise ValueError(f'{where} needs "prompt" or "messages", and not both')
-        if not isinstance(line.get("prompt", ""), str | list):
-            raise ValueError(f"{where}: prompt is {line['prompt']!r}; it must be a text or a list of token ids")
-        if not isinstance(line.get("messages", []), list):
-            raise ValueError(f"{where}: messages is {line['messages']!r}; it must be a list")
-        if not isinstance(n := line.get("n", 1), int) or isinstance(n, bool):
-            raise ValueError(f"{where}: n is {n!r}; it must be a whole number")
-        try:
-            sampling(line, Sampling())
+            check_line(line)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        found.append(line)
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        found[number] = line
     if not found:
         raise ValueError(f"{path} is empty; give it a line of JSON for each prompt")
     return found
+
+
+def check_line(line: Any) -> None:
+    """Raises ValueError for what cannot be asked."""
+    if not isinstance(line, dict):
+        raise ValueError(f"it holds a {type(line).__name__}; each line must be a JSON object")
+    if unknown := [key for key in line if key not in KEYS]:
+        raise ValueError(f"{unknown[0]!r} is not known{nearest(unknown[0], KEYS)}")
+    if ("prompt" in line) == ("messages" in line):
+        raise ValueError('it needs "prompt" or "messages", and not both')
+    prompt = line.get("prompt", "")
+    if not isinstance(prompt, str) and (bad := wrong_items(prompt, int)):
+        raise ValueError(f"prompt {bad}; it must be a text or a list of token ids")
+    for name in ("messages", "tools"):
+        if bad := wrong_items(line.get(name, []), dict):
+            raise ValueError(f"{name} {bad}; it must be a list of objects")
+    for message in line.get("messages", ()):
+        for name in ("role", *(() if message.get("tool_calls") else ("content",))):
+            if not isinstance(message.get(name), str):
+                raise ValueError(f"a message has the {name} {message.get(name)!r}; it must be a text")
+    if "messages" in line and not line["messages"]:
+        raise ValueError("messages is empty; give at least one")
+    if not isinstance(n := line.get("n", 1), int) or isinstance(n, bool):
+        raise ValueError(f"n is {n!r}; it must be a whole number")
+    sampling(line, Sampling())
+
+
+def wrong_items(value: Any, kind: type) -> str:
+    """What is wrong with a list that holds nothing but `kind`; "" for nothing."""
+    if not isinstance(value, list):
+        return f"is {value!r}"
+    wrong = [item for item in value if not isinstance(item, kind) or isinstance(item, bool)]
+    return f"holds {wrong[0]!r}" if wrong else ""
 
 
 def sampling(line: Mapping[str, Any], defaults: Sampling) -> Sampling:
@@ -133,10 +156,10 @@ def sampling(line: Mapping[str, Any], defaults: Sampling) -> Sampling:
 
 
 def _answers(
-    engine: Engine, lines: list[dict[str, Any]], defaults: Sampling, answered: Mapping[int, Any]
+    engine: Engine, lines: Mapping[int, Mapping[str, Any]], defaults: Sampling, answered: Mapping[int, Any]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """What is still to be answered, as it is; enough of it waits at any time for the engine to be full."""
-    waiting = iter([number for number in range(len(lines)) if number not in answered])
+    waiting = iter([number for number in lines if number not in answered])
     asked: dict[int, Handle] = {}
     ends = Ends(engine)
     more = True
@@ -149,10 +172,10 @@ def _answers(
             try:
                 asked[number] = engine.submit(_request(engine, lines[number], defaults, ends))
             except ValueError as error:
-                yield number, {"id": lines[number].get("id", number + 1), "error": str(error)}
+                yield number, {"id": lines[number].get("id", number), "error": str(error)}
         engine.step()
         for number in [number for number, handle in asked.items() if handle.done]:
-            yield number, _record(lines[number].get("id", number + 1), asked.pop(number))
+            yield number, _record(lines[number].get("id", number), asked.pop(number))
 
 
 class Ends:
@@ -186,23 +209,27 @@ def _record(name: Any, handle: Handle) -> dict[str, Any]:
     return {"id": name, "prompt_tokens": len(handle.request.prompt), "answers": said}
 
 
-def _resume(partial: Path, digest: str, source: Path) -> dict[int, dict[str, Any]]:
+def _resume(file: IO[bytes], partial: Path, digest: str, source: Path) -> dict[int, dict[str, Any]]:
     """What an earlier run has answered; a last line that it could not finish is cut off."""
-    if not partial.exists():
-        with beside(partial) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            _append(file, {"batch": digest})
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{partial} is being written by another run; wait for it, or give another --output") from None
+    file.seek(0)
+    data = file.read()
+    if not data:
+        _append(file, {"input": digest})
         return {}
-    data = partial.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
-    header, *rows = [json.loads(row) for row in whole.splitlines()]
-    if header != {"batch": digest}:
+    header, *rows = whole.split(b"\n")[:-1] or [b""]
+    if header != json.dumps({"input": digest}).encode():
         raise ValueError(
             f"{partial} was begun with another input, model or settings than {source} now; remove it to begin again"
         )
-    os.truncate(partial, len(whole))
-    return {row["line"]: row["record"] for row in rows}
+    file.truncate(len(whole))
+    return {row["line"]: row["record"] for row in map(json.loads, rows)}
 
 
-def _append(file: TextIO, record: Mapping[str, Any]) -> None:
-    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+def _append(file: IO[bytes], record: Mapping[str, Any]) -> None:
+    file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
     file.flush()

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from ..models.base import Model
-from ..weights.files import read_json
+from ..weights.files import read_object
 from ..weights.tokenizer import Tokenizer
 from .sampling import Sampling
 
@@ -18,7 +18,7 @@ def generation_config(model: Model) -> dict[str, Any]:
     if model.origin is None:
         return {}
     path = model.origin.directory / "generation_config.json" if model.origin.directory else None
-    own = read_json(path) if path is not None and path.exists() else {}
+    own = read_object(path) if path is not None and path.exists() else {}
     return dict(model.origin.hf) | {key: value for key, value in own.items() if value is not None}
 
 

@@ -26,6 +26,7 @@ from ..ops.draw import draw
 from .penalties import Histories, History
 
 BROKEN = "the model's logits are not numbers (NaN); its weights are broken or overflow in this dtype"
+LARGEST = 1e18  # what every format that numbers are put into holds
 Logprobs = Literal["model", "sampled"]  # before all of the above, or of the distribution that was drawn from
 
 
@@ -52,19 +53,22 @@ class Sampling:
 
     def __post_init__(self) -> None:
         rules: dict[str, tuple[bool, str]] = {
-            "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or more"),
-            "top_k": (_whole(self.top_k, 0), "a whole number, 0 for all"),
+            "temperature": (0 <= self.temperature < LARGEST, "0 (greedy) or more"),
+            "top_k": (_whole(self.top_k, 0) and self.top_k < LARGEST, "a whole number, 0 for all"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0; 1 for none"),
-            "presence_penalty": (math.isfinite(self.presence_penalty), "a number"),
-            "frequency_penalty": (math.isfinite(self.frequency_penalty), "a number"),
+            "repetition_penalty": (0 < self.repetition_penalty < LARGEST, "above 0; 1 for none"),
+            "presence_penalty": (abs(self.presence_penalty) < LARGEST, "a number"),
+            "frequency_penalty": (abs(self.frequency_penalty) < LARGEST, "a number"),
             "max_tokens": (_whole(self.max_tokens, 1), "a whole number of at least 1"),
             "seed": (self.seed is None or _whole(self.seed, 0), "a whole number of at least 0, or None"),
-            "stop": (isinstance(self.stop, tuple) and all(self.stop), "a tuple of strings that are not empty"),
+            "stop": (
+                isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
+                "a tuple of strings that are not empty",
+            ),
             "stop_ids": (self.stop_ids is None or all(_whole(i, 0) for i in self.stop_ids), "token ids"),
             "logit_bias": (
-                all(_whole(i, 0) and not math.isnan(b) and b < math.inf for i, b in self.logit_bias.items()),
+                all(_whole(i, 0) and isinstance(b, int | float) and b < LARGEST for i, b in self.logit_bias.items()),
                 "token ids and what is added to their logits",
             ),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..models.encoder import Encoder
 from ..nn.heads import FirstToken, LastToken, MeanPool, Pool
 from ..weights.checkpoint import load, locate
 from ..weights.files import read_json
-from ..weights.tokenizer import Tokenizer, whole_characters
+from ..weights.tokenizer import Tokenizer, check_ids, whole_characters
 
 POOLS: Mapping[str, Pool] = {"mean": MeanPool(), "cls": FirstToken(), "lasttoken": LastToken()}
 TOKENS = 8192  # of a batch, padding included
@@ -75,7 +76,13 @@ class SentenceEncoder:
         texts = [(self.prompt + text).strip() for text in texts]
         texts = [text.lower() for text in texts] if self.lowercase else texts
         with whole_characters(texts):
-            found = [encoding.ids for encoding in backend.encode_batch(texts)]
+            encodings = backend.encode_batch(texts)
+        found = [encoding.ids for encoding in encodings]
+        if cut and (n := sum(bool(encoding.overflowing) for encoding in encodings)):
+            told = "a text is" if n == 1 else f"{n} texts are"
+            warnings.warn(f"{told} longer than the {self.longest} tokens that are read at once, and cut", stacklevel=3)
+        for ids in found:
+            check_ids(ids, self.model.cfg.embed.vocab)
         if beyond := [i for i, ids in enumerate(found) if len(ids) > self.longest]:
             n = len(found[beyond[0]])
             raise ValueError(f"text {beyond[0]} has {n} tokens, more than the {self.longest} that are read at once")

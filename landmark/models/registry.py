@@ -41,6 +41,14 @@ ACTIVATIONS: Mapping[str, Activation] = {
 }  # fmt: skip
 
 
+# Of a default: the kinds of value that may stand for it.
+KINDS: tuple[tuple[Any, Any, str], ...] = (
+    (bool, int, "true or false"),
+    (int | float, int | float, "a number"),
+    (Mapping, Mapping, "an object"),
+)
+
+
 class Keys:
     """A config.json under strict reading: every key is used, known to be inert, or an error that names it."""
 
@@ -48,17 +56,27 @@ class Keys:
         self.hf, self.read = hf, set[str]()
         self.name = (hf.get("architectures") or [hf.get("model_type", "this model")])[0]
 
-    def __getitem__(self, key: str) -> Any:
+    def __getitem__(self, key: str) -> int:
+        """A size or a count that has to be there."""
         value = self.get(key)
         if value is None:
             raise ValueError(f"config.json has no key {key!r}, which {self.name} needs")
+        if not isinstance(value, int):
+            raise ValueError(f"config.json: {key} is {value!r}; it must be a whole number")
         return value
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value, or `default` where it is absent or null."""
+        """The value, or `default` where it is absent or null. Raises ValueError for another kind of value than that."""
         self.read.add(key)
         value = self.hf.get(key)
-        return default if value is None else value
+        if value is None:
+            return default
+        for kind, kinds, wanted in KINDS:
+            if isinstance(default, kind):
+                if not isinstance(value, kinds):
+                    raise ValueError(f"config.json: {key} is {value!r}; it must be {wanted}")
+                break
+        return value
 
     def nullable(self, key: str, absent: Any) -> Any:
         """The value, null included (None), or `absent` where there is no such key."""
@@ -70,8 +88,7 @@ class Keys:
         size, count = self[key], self[parts]
         if count < 1 or size % count:
             raise ValueError(f"config.json: {key} = {size} has no {count} equal parts ({parts}); choose a divisor")
-        width: int = size // count
-        return width
+        return size // count
 
     def activation(self, key: str = "hidden_act", default: str = "silu") -> Activation:
         """An activation function, by our name."""
@@ -120,10 +137,10 @@ class Family:
 
     def read(self, hf: Mapping[str, Any]) -> ModelConfig:
         keys = Keys(hf)
-        said = keys.get("quantization_config")
+        said = keys.get("quantization_config", {})
         config = self.config(keys)
         keys.done()
-        if said is None:
+        if not said:
             return config
         if not all(isinstance(rule, Rename | Drop) for rule in self.rules(Keys(hf))):
             raise ValueError(
@@ -170,7 +187,12 @@ def sizes() -> Mapping[str, tuple[Family, Mapping[str, Any]]]:
 def named(hf: Mapping[str, Any], architecture: str | None = None) -> dict[str, Any]:
     """The contents of a config.json under `architecture`, or else the one that it names; where it names none, the only
     one of its model_type, or the body of an encoder without a head. Raises ValueError where none is meant."""
-    if architecture is not None or hf.get("architectures"):
+    if not isinstance(hf, Mapping):
+        raise ValueError(f"config.json holds a {type(hf).__name__}; it must be a JSON object")
+    names = hf.get("architectures") or []
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'config.json: architectures is {names!r}; it must be a list, such as ["LlamaForCausalLM"]')
+    if architecture is not None or names:
         return {**hf, **({"architectures": [architecture]} if architecture is not None else {})}
     kind = hf.get("model_type")
     found = {name: family for name, family in families().items() if family.name == kind}

@@ -52,18 +52,23 @@ def scaling(values: Mapping[str, Any], keys: Keys) -> RopeScaling | None:
             raise ValueError(f"config.json: rotary positions of type {kind!r} need the parameter {key!r}")
         return values[key]
 
+    def number(key: str) -> float:
+        if not isinstance(value := need(key), int | float):
+            raise ValueError(f"config.json: the rope parameter {key} is {value!r}; it must be a number")
+        return float(value)
+
     match kind:
         case "default":
             return None
         case "linear":
-            return LinearRope(factor=float(need("factor")))
+            return LinearRope(factor=number("factor"))
         case "ntk":
-            return NTKRope(factor=float(need("factor")))
+            return NTKRope(factor=number("factor"))
         case "dynamic":
-            return DynamicNTKRope(factor=float(need("factor")), original=need("original_max_position_embeddings"))
+            return DynamicNTKRope(factor=number("factor"), original=need("original_max_position_embeddings"))
         case "yarn":
             return YaRN(
-                factor=float(need("factor")),
+                factor=number("factor"),
                 original=need("original_max_position_embeddings"),
                 beta_fast=float(values.get("beta_fast") or 32),
                 beta_slow=float(values.get("beta_slow") or 1),
@@ -82,9 +87,9 @@ def scaling(values: Mapping[str, Any], keys: Keys) -> RopeScaling | None:
             )
         case "llama3":
             return Llama3Rope(
-                factor=float(need("factor")),
-                low=float(need("low_freq_factor")),
-                high=float(need("high_freq_factor")),
+                factor=number("factor"),
+                low=number("low_freq_factor"),
+                high=number("high_freq_factor"),
                 original=need("original_max_position_embeddings"),
             )
     kinds = ("default", "linear", "ntk", "dynamic", "yarn", "longrope", "llama3")

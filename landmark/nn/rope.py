@@ -3,6 +3,7 @@ depends on their distance only."""
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -24,6 +25,11 @@ class Rope:
         dim: int | None = None  # how many leading dimensions of a head turn; None: all
         interleaved: bool = False  # pairs (0, 1), (2, 3) ... as in the paper; otherwise (0, d/2), (1, d/2 + 1) ...
         scaling: RopeScaling | None = None
+
+        def check(self) -> None:
+            super().check()
+            if not 0 < self.theta < math.inf:
+                raise ValueError(f"the rotary base (theta) is {self.theta}; it must be above 0")
 
         def build(self, head_dim: int) -> Rope:
             return Rope(self, head_dim)

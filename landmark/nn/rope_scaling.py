@@ -25,6 +25,12 @@ def base_frequencies(theta: float | Tensor, dim: int, device: torch.device | str
 class RopeScaling(Config, ABC, abstract=True):
     per_length = False  # does it depend on the length of the text?
 
+    def check(self) -> None:
+        super().check()
+        factor = getattr(self, "factor", 1.0)
+        if not 0 < factor < math.inf:
+            raise ValueError(f"{self.type_name}.factor is {factor}; rotary positions are stretched by more than 0")
+
     @abstractmethod
     def frequencies(self, theta: float, dim: int, totals: Tensor) -> Tensor: ...
 

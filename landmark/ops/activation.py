@@ -55,7 +55,7 @@ assert tuple(ACTIVATIONS) == get_args(Activation)
 def check_activation(name: str) -> Activation:
     """`name` itself if it is an activation, else a ValueError that proposes the nearest one."""
     if name not in ACTIVATIONS:
-        near = difflib.get_close_matches(name, ACTIVATIONS, n=1, cutoff=0.0)[0]
+        near = difflib.get_close_matches(str(name), ACTIVATIONS, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown activation {name!r}: did you mean {near!r}? (known: {', '.join(ACTIVATIONS)})")
     return cast(Activation, name)
 

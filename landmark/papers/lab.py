@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..weights.files import naming
 from .learn import only
 
 Cell = dict[str, Any]
@@ -53,7 +54,7 @@ class Lab:
         keys = [json.dumps([function.__qualname__, code, dict(case)], sort_keys=True) for case in cases]
         done = read(path)
         left = [i for i, key in enumerate(keys) if key not in done]
-        with path.open("a", encoding="utf-8") as file:
+        with naming(path), path.open("a", encoding="utf-8") as file:
             for i, result in self._compute(function, cases, left):
                 done[keys[i]] = result
                 file.write(json.dumps({"key": keys[i], "result": result}) + "\n")

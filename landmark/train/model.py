@@ -11,6 +11,8 @@ from torch import nn
 from ..models.base import Model, Origin
 from ..models.inspect import longest_text
 from ..models.pattern import is_pattern
+from ..nn.bitlinear import PackedBitLinear
+from ..nn.codes import Codes
 from ..nn.embedding import Embedding
 from ..transforms.bitnet import bitnet
 from ..weights.checkpoint import NATIVE, build, describe, load, own_config
@@ -26,6 +28,10 @@ def fitting_model(config: TrainConfig, prepared: Prepared) -> Model:
     """
     spec = config.model or config.objective.small()
     model = prepared.pipeline.adapt(make_model(spec, prepared.tokenizer))
+    if any(isinstance(module, Codes | PackedBitLinear) for module in model.modules()):
+        raise ValueError(
+            f"the weights of {config.model} are codes, which are used and not trained; give the model they were made of"
+        )
     if config.linear is not None:
         model = bitnet(model, config.linear)
     published = model.origin.hf if model.origin else {"architectures": [NATIVE]}

@@ -48,13 +48,18 @@ class Cut(Corpus):
         return f"{self.corpus.fingerprint}-{self.part}-{self.held_out:g}"
 
 
+def begun(out: Path) -> bool:
+    """Whether a run in `out` has saved anything."""
+    return (out / "checkpoints" / "LATEST").exists()
+
+
 class Prepared:
     """`out`/prepared: the run's tokenizer and what its objective has tokenised, once; stamp.json says from what."""
 
     def __init__(self, config: TrainConfig, out: Path) -> None:
         self.config, self.data, self.folder = config, config.data, out / "prepared"
         self.pipeline: Pipeline[ObjectiveConfig] = config.objective.pipeline(self)
-        self.begun = (out / "checkpoints" / "LATEST").exists()  # then what is there is what the run goes on with
+        self.begun = begun(out)  # then what is there is what the run goes on with
 
     def make(self) -> None:
         """Raises ValueError for corpora that cannot be read or are empty, and a tokenizer that cannot be had."""
@@ -157,13 +162,13 @@ PARTS: tuple[Literal["train"], Literal["held-out"]] = ("train", "held-out")
 
 def is_fresh(spec: str) -> bool:
     """Whether a model's name stands for an architecture without weights: a config.json, a pattern, a published size."""
-    path = Path(spec)
+    path = Path(spec).expanduser()
     return path.is_file() or is_pattern(spec) or (not path.is_dir() and "/" not in spec)
 
 
 def _open(config: CorpusConfig) -> Corpus | Shards:
     corpus = config.corpus
-    if isinstance(corpus, str) and (Path(corpus) / "meta.json").is_file():
+    if isinstance(corpus, str) and (Path(corpus).expanduser() / "meta.json").is_file():
         return Shards(corpus)
     source = corpus if isinstance(corpus, str) else list(corpus)
     return open_corpus(source, text=config.text, target=config.target, separator=config.separator, split=config.split)

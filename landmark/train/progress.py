@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..terminal import printable
 from .loop import Callback, Run
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Bar(Callback):
     def evaluated(self, run: Run, record: dict[str, Any]) -> None:
         self.console.print(evaluation_line(record), highlight=False, markup=False)
         for text in record.get("samples", ()):
-            self.console.print(text, style="dim", highlight=False, markup=False)
+            self.console.print(printable(text), style="dim", highlight=False, markup=False)
 
     def end(self, run: Run) -> None:
         if self.progress is not None:
@@ -74,7 +75,7 @@ class Lines(Callback):
     def evaluated(self, run: Run, record: dict[str, Any]) -> None:
         _say(evaluation_line(record))
         for text in record.get("samples", ()):
-            _say("  " + text.replace("\n", "\n  "))
+            _say("  " + printable(text).replace("\n", "\n  "))
 
     def saved(self, run: Run, directory: Path) -> None:
         _say(f"saved {directory}")

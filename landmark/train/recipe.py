@@ -73,3 +73,8 @@ class TrainConfig(Settings):
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = CausalLM()
     linear: BitLinear.Config | None = None
+
+    def check(self) -> None:
+        super().check()
+        if not self.out:
+            raise ValueError("out is empty; name a directory for the run")

@@ -14,7 +14,7 @@ from ..weights.checkpoint import describe
 from ..weights.tokenizer import Tokenizer
 from .loop import Callback, Run, fit
 from .model import fitting_model
-from .prepare import Prepared
+from .prepare import Prepared, begun
 from .read import parse
 from .recipe import TrainConfig
 
@@ -37,9 +37,11 @@ def train(
         config = parse(TrainConfig, {**(config or {}), **keys})
     elif keys:
         raise ValueError(f"give a config or keys, not both ({', '.join(keys)})")
-    out = Path(config.out)
+    out = Path(config.out).expanduser()
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; a run needs a directory of its own")
+    if (out / "config.json").exists() and not begun(out):
+        raise ValueError(f"{out} holds a model, and no run; choose another directory, for a run would replace it")
     if isinstance(config.model, str):
         describe(config.model)  # before a tokenizer is trained for a model that there is not
     with world(config.device) as here:

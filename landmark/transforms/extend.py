@@ -6,6 +6,7 @@ Position interpolation (2306.15595), NTK-aware, dynamic NTK, an adjusted base (A
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,7 @@ def extend_context(model: Model, way: str, factor: float = 1.0, *, theta: float 
     """
     if way != "abf" and way not in WAYS:
         raise ValueError(f"unknown way {way!r}{nearest(way, [*WAYS, 'abf'])}; choose one of {', '.join(WAYS)}, abf")
-    if factor < 1:
+    if not 1 <= factor < math.inf:
         raise ValueError(f"a factor of {factor} does not make the context longer; give one above 1")
     if (way == "abf") != (theta is not None):
         raise ValueError("theta goes with abf, and abf needs it")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import shutil
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,11 +16,11 @@ from .. import nn
 from ..config import ModelConfig, from_dict, nearest, to_dict
 from ..models.base import Model, Origin
 from ..models.pattern import Pattern, is_pattern
-from ..models.registry import Family, Keys, family_of, named, published
+from ..models.registry import Family, Keys, family_of, named, published, sizes
 from ..nn.codes import Codes
 from ..nn.float32 import float32_buffers
 from ..nn.lora import LoRA
-from .files import read_json, read_tensors, write_json, write_tensors
+from .files import beside, read_json, read_object, read_tensors, write_json, write_tensors
 from .rules import load as apply_rules
 from .rules import unload
 
@@ -53,7 +52,7 @@ def load(
     that are not understood, tensors that are missing, surplus, truncated or of another shape.
     """
     directory = locate(where)
-    hf = named(read_json(directory / "config.json"), architecture)
+    hf = named(read_model_json(directory), architecture)
     config, family = read_config(hf)
     theirs = read_tensors(directory)
     if family is not None:
@@ -109,8 +108,8 @@ def carry(source: Path, target: Path) -> None:
         for path in source.glob(pattern):
             copy = target / path.relative_to(source)
             if path.is_file() and not copy.exists():
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, copy)
+                with beside(copy) as temporary:
+                    temporary.write_bytes(path.read_bytes())
 
 
 def published_form(model: Model) -> dict[str, Any] | None:
@@ -121,6 +120,15 @@ def published_form(model: Model) -> dict[str, Any] | None:
     family = family_of(hf)
     described = family.read(hf)
     return hf if model.cfg in (described, family.fitted(described, ())) else None
+
+
+def read_model_json(directory: Path) -> Any:
+    """The contents of a model directory's config.json; ValueError that names an adapter's model for an adapter."""
+    adapter = directory / "adapter_config.json"
+    if adapter.exists() and not (directory / "config.json").exists():
+        base = read_object(adapter).get("base_model_name_or_path")
+        raise ValueError(f"{directory} is an adapter; give the model that it is for ({base}), and it with --adapter")
+    return read_json(directory / "config.json")
 
 
 def build(hf: Mapping[str, Any]) -> Model:
@@ -155,18 +163,18 @@ def own_config(tree: Mapping[str, Any]) -> ModelConfig:
 def describe(spec: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     """The config of a directory, a config.json, a published size, a hub id, a pattern of layers or the TOML file of a
     run with a [model], and its config.json; reads no weights."""
-    path = Path(spec)
+    path = Path(spec).expanduser()
     if is_pattern(str(spec)) and not path.exists():
         return native({"type": "Pattern", "pattern": str(spec)})
     if path.suffix == ".toml" and path.is_file():
         return of_run(path)
     if path.is_file() or (path / "config.json").is_file():
-        hf = named(read_json(path if path.is_file() else path / "config.json"))
+        hf = named(read_json(path) if path.is_file() else read_model_json(path))
         return read_config(hf)[0], hf
-    if "/" not in str(spec):
+    if "/" not in str(spec) and (str(spec) in sizes() or not path.is_dir()):
         family, hf = published(str(spec))
         return family.read(hf), hf
-    hf = named(read_json(locate(spec, patterns=("config.json",)) / "config.json"))
+    hf = named(read_model_json(locate(spec, patterns=("config.json",))))
     return read_config(hf)[0], hf
 
 
@@ -179,7 +187,7 @@ def native(tree: Mapping[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
 def of_run(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """The model of a run, as its TOML file says it, with the vocabulary that [tokenizer] says."""
     try:
-        run = tomllib.loads(path.read_text(encoding="utf-8"))
+        run = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     model = run.get("model")
@@ -196,7 +204,7 @@ def of_run(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 def locate(where: str | Path, patterns: Iterable[str] = DOWNLOADED) -> Path:
     """A directory for a path or a hub id."""
-    path = Path(where)
+    path = Path(where).expanduser()
     if path.is_dir():
         return path
     if path.exists():
@@ -242,6 +250,8 @@ def check_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], where: 
         if weights[name].shape != tensor.shape:
             have, want = tuple(weights[name].shape), tuple(tensor.shape)
             raise ValueError(f"{where}: {name!r} has the shape {have}, but config.json says {want}")
+        if weights[name].is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f"{where}: {name!r} holds {weights[name].dtype}, where the model has {tensor.dtype}")
 
 
 def as_device(device: torch.device | str) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,12 +23,44 @@ def beside(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path, temporary):
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_new(path: Path) -> None:
+    """Raises ValueError for a directory that holds something already."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists already; give a directory that is not there yet")
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory of a temporary name beside `path`, renamed when the block succeeds and removed when it does not."""
+    path = Path(os.path.abspath(path))
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Within, `path` is written: an OSError that names no file (a full disk does not), or `temporary`, names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -43,14 +76,42 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is no text in UTF-8 (byte {error.start} is {error.object[error.start]:#x})") from None
 
 
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The JSON values of a file with one in each line, with the numbers of the lines; blank ones are left out.
+
+    Only a line feed ends a line: JSON may hold the other characters that Python's `splitlines` takes for ends. Raises
+    ValueError, naming the line, for what is not JSON, and for half a character of UTF-16, which JSON can spell.
+    """
+    for number, line in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"U+{ord(error.object[error.start]):04X}"
+            raise ValueError(f"{path}, line {number} holds half a character, {half}; write whole ones") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}; write one JSON object a line") from None
+        yield number, value
+
+
 def read_json(path: Path) -> Any:
     """Raises ValueError, naming the file, if it is absent or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; a model directory needs it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """As `read_json`, of an object."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}; it must be a JSON object")
+    return value
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
@@ -60,7 +121,9 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     """
     index = directory / INDEX
     if index.exists():
-        where: dict[str, str] = read_json(index)["weight_map"]
+        where: dict[str, str] = read_object(index).get("weight_map", {})
+        if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
+            raise ValueError(f"{index} has no weight_map from names of tensors to names of files; fetch it again")
         names = sorted(set(where.values()))
         if bad := [name for name in names if Path(name).name != name]:
             raise ValueError(f"{index} names a file outside of its folder: {bad[0]!r}")
@@ -86,6 +149,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 def read_file(path: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors file, mapped from disk."""
+    open(path, "rb").close()  # the library says of what may not be read that it is not there
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}
@@ -123,9 +187,13 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     ready = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
     try:
         with beside(path) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode
             save_file(_unshared(ready), temporary, metadata={"format": "pt"})
+            temporary.chmod(mode)  # safetensors lets nobody else read it
     except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write {path}: {error}; what stood there before is untouched") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise OSError(f"cannot write {path}: {reason}; what stood there before is untouched") from None
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

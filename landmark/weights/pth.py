@@ -15,6 +15,7 @@ from ..models.base import Model, Origin
 from ..models.registry import Keys, family_of
 from ..models.rwkv import authors_rules4
 from .checkpoint import as_dtype, check_weights, save
+from .files import new_directory
 from .rules import load as apply_rules
 
 
@@ -54,7 +55,8 @@ def convert(path: str | Path, directory: str | Path, *, dtype: torch.dtype | str
     model.load_state_dict({name: t.to(kind or t.dtype).contiguous() for name, t in ours.items()}, assign=True)
     model.requires_grad_(True).eval()
     model.origin = Origin(hf)
-    save(model, directory)
+    with new_directory(Path(directory)) as fresh:
+        save(model, fresh)
     return model
 
 

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -49,6 +49,15 @@ def whole_characters(texts: Sequence[str]) -> Iterator[None]:
         raise
 
 
+def check_ids(ids: Iterable[int], vocab: int) -> None:
+    """Raises ValueError for ids of a text that a model with so large a vocabulary does not have."""
+    if (largest := max(ids, default=0)) >= vocab:
+        raise ValueError(
+            f"the text has the token id {largest}, but the model's vocabulary ends at {vocab - 1}: its tokenizer "
+            "belongs to another model"
+        )
+
+
 class Tokenizer:
     """Text to ids and back.
 
@@ -83,7 +92,7 @@ class Tokenizer:
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Reads a directory, or one vocabulary file: tokenizer.json, tiktoken, sentencepiece, vocab.json with
         merges.txt, or vocab.txt, the first of these that is there.  Raises ValueError when none is or it is broken."""
-        path = Path(path)
+        path = Path(path).expanduser()
         if not path.exists():
             raise ValueError(f"{path}: no such tokenizer; give a directory with tokenizer.json or a vocabulary file")
         folder = path if path.is_dir() else path.parent

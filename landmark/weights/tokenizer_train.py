@@ -156,7 +156,15 @@ def _train_unigram(
     trainer = trainers.UnigramTrainer(
         vocab_size=max(vocab_size - len(reserved), 1), unk_token=roles["unk"], show_progress=progress
     )
-    pipeline.train_from_iterator(texts, trainer)
+    try:
+        pipeline.train_from_iterator(texts, trainer)
+    except Exception as error:  # the library has no kind of its own for this
+        if "not large enough" not in str(error):
+            raise
+        raise ValueError(
+            f"vocab_size {vocab_size} is too small: unigram needs a piece for every character of the corpus besides "
+            f"the {len(reserved)} reserved ones; give more"
+        ) from None
     # The trainer knows no byte fallback: its pieces become the end of a vocabulary that begins with the bytes.
     learned = [tuple(entry) for entry in json.loads(pipeline.to_str())["model"]["vocab"] if entry[0] not in reserved]
     lowest = min((score for _, score in learned), default=0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
 import shlex
 import subprocess
@@ -17,6 +19,7 @@ from typer.testing import CliRunner
 
 import landmark
 from landmark.cli.main import COMMANDS, EXAMPLES, app, main
+from landmark.cli.reproduce import list_experiments
 from landmark.weights.tokenizer_train import train_tokenizer
 
 SILENT = {"chat", "serve"}  # commands that report nothing
@@ -46,6 +49,7 @@ def test_every_command_shows_an_example_and_reports_as_json() -> None:
         shown = CliRunner().invoke(app, [*path.split(), "--help"], terminal_width=150)
         assert shown.exit_code == 0 and "-completion" not in shown.stdout
         assert re.search(rf"landmark {path}\s", shown.stdout), path
+        assert "[[" not in shown.stdout and "...]" not in shown.stdout, path
         options = {name for parameter in command.params for name in parameter.opts}
         assert "--json" in options or path in SILENT, path
 
@@ -67,6 +71,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         hf = {"architectures": [architecture], **BODY, "vocab_size": tokenizer.vocab_size}
         landmark.save(landmark.build(hf), where / name)
+        tokenizer.save(where / name)
+    for name, architecture in (("larger", "LlamaForCausalLM"), ("largerbert", "BertModel")):  # a tokenizer of another
+        landmark.save(landmark.build({"architectures": [architecture], **BODY, "vocab_size": 262}), where / name)
         tokenizer.save(where / name)
     (where / "ok.txt").write_text("the cat sat on the mat.\n" * 200)
     (where / "empty.txt").write_text("")
@@ -97,6 +104,7 @@ WRONG = [
     ("serve model --device cudaa --port 0", "there is no device 'cudaa' here"),
     ("bench serve http://127.0.0.1:1", "no server answers at http://127.0.0.1:1"),
     ("bench soak --url http://127.0.0.1:1", "no server answers at http://127.0.0.1:1"),
+    ("inspect .", "config.json does not exist; a model directory needs it"),
     ("inspect gpt22", "did you mean 'gpt2'"),
     ("inspect model --context 0", "a context of 0 tokens is none"),
     ("transform model out", "there is nothing to transform"),
@@ -111,7 +119,14 @@ WRONG = [
     ("eval bert --text ok.txt", "bert is an Encoder; evaluation by likelihood needs a decoder"),
     ("embed model --text a", "model is a Decoder; sentence embeddings need an encoder"),
     ("embed bert --text a --pool middle", "pooling 'middle' is not supported"),
+    ("eval model --text ok.txt --tasks arc --include nowhere", "nowhere is no folder"),
+    ("eval larger --text ok.txt", "but the model's vocabulary ends at 261"),
+    ("embed largerbert --text cat", "but the model's vocabulary ends at 261"),
     ("data train-tokenizer empty.txt --out t", "empty.txt holds no text"),
+    ("data train-tokenizer ok.txt --out model", "model exists already"),
+    ("data train-tokenizer ok.txt --out t --kind unigram --vocab-size 262 --part all", "vocab_size 262 is too small"),
+    ("data train-tokenizer ok.txt --out t --separator ''", "--separator is empty"),
+    ("data train-tokenizer ok.txt --out t --separator 'a\\'", r"--separator 'a\\': \ at end of string"),
     ("data tokenize ok.txt --tokenizer nowhere --out s", "nowhere: no such tokenizer"),
     ("data tokenize ok.txt --tokenizer model --out s --shard-tokens 0", "--shard-tokens"),
     ("data tokenize ok.txt --tokenizer model --out s --part train --held-out 2", "--held-out"),
@@ -121,6 +136,7 @@ WRONG = [
     ("reproduce Z99", "there is no experiment 'Z99'"),
     ("reproduce F1 --quick --out ok.txt", "Not a directory"),
     ("nosuch", "No such command 'nosuch'"),
+    ("generat", "No such command 'generat'. Did you mean 'generate'"),
 ]  # fmt: skip
 
 
@@ -143,3 +159,73 @@ def test_wrong_input_is_one_line(
 def test_the_package_runs_as_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "landmark", "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "landmark" in done.stdout and "serve" in done.stdout
+
+
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.argv", ["landmark", *shlex.split(line)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (None, 0)
+
+
+def test_closed_streams_and_texts_of_no_encoding(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    for given, message in ((None, "the prompt is empty"), (b"a \xff", "standard input is no text in UTF-8 (byte 2")):
+        told = io.TextIOWrapper(io.BytesIO(), "ascii")  # a locale that knows no more
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.argv", ["landmark", "generate", "model"])
+            patch.setattr("sys.stdin", given and io.TextIOWrapper(io.BytesIO(given), "utf-8"))
+            patch.setattr("sys.stdout", None)
+            patch.setattr("sys.stderr", told)
+            with pytest.raises(SystemExit) as ended:
+                main()
+        told.seek(0)
+        assert ended.value.code == 2 and message in told.read()
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    run(folder, monkeypatch, "papers show rope --json")
+    out.seek(0)
+    assert "θ" in json.loads(out.read())["contribution"]["en"]
+
+
+def test_too_little_memory_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("landmark.weights.checkpoint.read_tensors", full)
+    monkeypatch.setattr("sys.argv", ["landmark", "generate", "model", "hello"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    told = capsys.readouterr().err
+    assert ended.value.code == 1 and told.count("\n") == 1 and "Tried to allocate 2 GiB" in told
+
+
+def test_home_after_an_equals_sign(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    run(folder, monkeypatch, "embed bert --file=~/ok.txt --json")
+    assert len(json.loads(capsys.readouterr().out)) == 200
+
+
+def test_embed_shows_any_texts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Markup is text; more texts than columns are listed with their neighbours."""
+    run(folder, monkeypatch, "embed bert --text '[red]cat[/red] [/]' --text mat")
+    assert "[red]cat[/red] [/]" in capsys.readouterr().out
+    (folder / "lines.txt").write_text("".join(f"the cat number {n}\n" for n in range(30)))
+    run(folder, monkeypatch, "embed bert --file lines.txt")
+    shown = capsys.readouterr().out
+    assert "the nearest" in shown and "…" not in shown and len(shown.splitlines()) == 35
+
+
+def test_a_broken_report_is_named(tmp_path: Path) -> None:
+    (tmp_path / "A1").mkdir()
+    (tmp_path / "A1" / "report.json").write_text("{")
+    with pytest.raises(ValueError, match=r"A1/report.json is not valid JSON"):
+        list_experiments(None, tmp_path, True)

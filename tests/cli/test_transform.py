@@ -82,6 +82,9 @@ def test_both_at_once(model: Path, tmp_path: Path) -> None:
         (("--kv-heads", 0), "do not pool to 0"),
         (("--drop-layers", 2), "dropping 2 of 4 layers twice makes no deeper model; choose 0 to 1"),
         (("--drop-layers", -1), "dropping -1 of 4 layers"),
+        (("--rope", "yarn"), "--rope yarn needs --factor"),
+        (("--rope", "abf", "--theta", -1), "the rotary base (theta) is -1.0"),
+        (("--kv-heads", 2, "--factor", 2), "--factor goes with --rope"),
     ],
 )
 def test_what_cannot_work(model: Path, tmp_path: Path, arguments: tuple[object, ...], message: str) -> None:

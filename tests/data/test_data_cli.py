@@ -18,6 +18,15 @@ def run(*arguments: str) -> dict:
     return json.loads(result.stdout)
 
 
+def test_separators_are_text_with_escapes(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("eins é\tzwei é\tdrei", "utf-8")
+    run(
+        "train-tokenizer", str(tmp_path / "a.txt"), "--out", str(tmp_path / "t"), "--vocab-size", "300", "--part", "all"
+    )
+    options = ("--tokenizer", str(tmp_path / "t"), "--out", str(tmp_path / "s"))
+    assert run("tokenize", str(tmp_path / "a.txt"), *options, "--separator", r"é\t")["documents"] == 3
+
+
 def test_train_tokenize_info(tmp_path: Path) -> None:
     corpus, tokenizer, shards = tmp_path / "text", tmp_path / "tokenizer", tmp_path / "shards"
     corpus.mkdir()

@@ -187,3 +187,9 @@ def test_bad_folders(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(ValueError, match=r"shard-00000\.bin is missing"):
         Shards(tmp_path / "cut")
+
+
+def test_a_list_for_meta_json(tmp_path: Path) -> None:
+    (tmp_path / "meta.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"meta.json holds a list; it must be a JSON object"):
+        Shards(tmp_path)

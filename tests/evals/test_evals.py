@@ -105,6 +105,13 @@ def test_choices(lm: LanguageModel, tmp_path: Path) -> None:
     assert math.isclose(evaluate_choices(lm, read_questions(path)).accuracy + evaluate_zero(lm, rows, path), 1.0)
 
 
+def test_a_choice_that_ends_a_token_of_the_context(lm: LanguageModel) -> None:
+    """ "i" + "n" is one token, so nothing follows the context; then each is read by itself."""
+    join = lm.tokenizer.encode("in")
+    assert len(join) == 1
+    assert lm.split("i", "n") == (lm.tokenizer.encode("i"), lm.tokenizer.encode("n"))
+
+
 def evaluate_zero(lm: LanguageModel, rows: list[dict], path: Path) -> float:
     path.write_text("\n".join(map(json.dumps, rows)))
     return evaluate_choices(lm, read_questions(path)).accuracy
@@ -112,7 +119,13 @@ def evaluate_zero(lm: LanguageModel, rows: list[dict], path: Path) -> float:
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", "line 1"), ('{"context": "a", "choices": ["b"], "answer": 0}', "line 1"), ("", "holds no questions")],
+    [
+        ("{", "line 1"),
+        ('{"context": "a", "choices": ["b"], "answer": 0}', "line 1"),
+        ("", "holds no questions"),
+        ('{"context": "a", "choices": ["b", 2], "answer": 0}', "line 1: the choice 2 is no text"),
+        ('{"context": 5, "choices": ["b", "c"], "answer": 0}', "line 1: the context 5 is no text"),
+    ],
 )
 def test_bad_questions(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "q.jsonl"

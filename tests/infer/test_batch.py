@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,14 @@ from typer.testing import CliRunner
 
 import landmark
 from landmark.cli.main import app
+from landmark.infer import batch
 from landmark.infer.batch import Progress, answer_file
 from landmark.infer.chat import prompt_ids, turn_ends
 from landmark.infer.engine import Engine
 from landmark.infer.generate import generate
 from landmark.infer.sampling import Sampling
 
-from .models import speaker, tokenizer
+from .models import build, speaker, tokenizer
 
 DEFAULTS = Sampling(temperature=0.7, seed=1, max_tokens=8)
 LINES: list[dict[str, Any]] = [
@@ -116,13 +120,49 @@ def test_another_run_is_not_taken_up(tmp_path: Path) -> None:
         answer_file(engine(), source, target, DEFAULTS, report=interrupt)
     with pytest.raises(ValueError, match="another input, model or settings"):
         answer_file(engine(), source, target, Sampling(temperature=0))
+    partial = tmp_path / "out.jsonl.partial"
+    with open(partial, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="being written by another run"):
+            answer_file(engine(), source, target, DEFAULTS)
+    partial.write_text("somebody else's")
+    with pytest.raises(ValueError, match="another input"):
+        answer_file(engine(), source, target, DEFAULTS)
+    assert partial.read_text() == "somebody else's"
+
+
+def test_lines_end_with_line_feeds_alone(tmp_path: Path) -> None:
+    """What other systems write before, between and in lines; a line keeps its number as its name."""
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes('\ufeff{"prompt": "a\u2028b\x85c"}\r\n\r\n{"prompt": "x"}\n\n'.encode())
+    answer_file(engine(), source, target, DEFAULTS)
+    assert [(record["id"], len(record["answers"])) for record in read(target)] == [(1, 1), (3, 1)]
+
+
+def test_a_full_disk_is_named_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = write(tmp_path / "in.jsonl", LINES), tmp_path / "out.jsonl"
+    append, written = batch._append, []
+
+    def full(file: Any, record: Any) -> None:
+        written.append(record)
+        if len(written) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(file, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "_append", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*out\.jsonl\.partial'"):
+            answer_file(engine(), source, target, DEFAULTS)
+    assert not target.exists()
+    answer_file(engine(), source, target, DEFAULTS)
+    check(read(target))
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("nonsense", "line 2 is not JSON"),
-        ("[1]", "line 2 holds a list"),
+        ("[1]", "line 2: it holds a list"),
         ("{}", 'needs "prompt" or "messages"'),
         ('{"prompt": "a", "messages": []}', "and not both"),
         ('{"prompt": "a", "temprature": 1}', "'temprature' is not known.*temperature"),
@@ -131,7 +171,19 @@ def test_another_run_is_not_taken_up(tmp_path: Path) -> None:
         ('{"prompt": "a", "max_tokens": 1.5}', "max_tokens is 1.5"),
         ('{"prompt": "a", "logit_bias": {"x": 1}}', "logit_bias names 'x'"),
         ('{"prompt": "a", "stop": 3}', "stop is 3"),
+        ('{"prompt": "a", "top_k": ' + "9" * 19 + "}", "top_k is 9999999999999999999"),
+        ('{"prompt": "a", "presence_penalty": ' + "9" * 400 + "}", "presence_penalty is 999"),
+        ('{"prompt": "a", "logit_bias": {"5": ' + "9" * 400 + "}}", "logit_bias is {5: 999"),
+        ('{"prompt": "a", "stop": [3]}', r"stop is \(3,\)"),
+        ('{"prompt": "a", "logit_bias": {"5": "x"}}', "logit_bias is {5: 'x'}"),
         ('{"prompt": 3}', "prompt is 3"),
+        ('{"prompt": [5, "a"]}', "prompt holds 'a'"),
+        ('{"prompt": "a", "id": "\\ud800"}', r"line 2 holds half a character, U\+D800"),
+        ('{"prompt": "a", "id": ' + "[" * 9999 + "]" * 9999 + "}", "line 2 is not JSON"),
+        ('{"messages": []}', "messages is empty"),
+        ('{"messages": [1]}', "messages holds 1"),
+        ('{"messages": [{"role": "user"}]}', "a message has the content None"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": 5}', "tools is 5"),
         ('{"prompt": "a", "n": "two"}', "n is 'two'"),
     ],
 )
@@ -155,3 +207,32 @@ def test_the_command(tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert (report["lines"], report["failed"]) == (len(LINES), 1)
     check(read(target))
+    source.write_text('{"prompt": "' + "a " * 200 + '"}\n')
+    assert CliRunner().invoke(app, [*command, "--output", str(tmp_path / "none.jsonl")]).exit_code == 1  # all failed
+    write(source, LINES)
+    drafted = CliRunner().invoke(app, [*command, "--draft", "lookup", "--output", str(tmp_path / "drafted.jsonl")])
+    assert drafted.exit_code == 0, drafted.output
+    check(read(tmp_path / "drafted.jsonl"))
+    rounded = CliRunner().invoke(app, [*command, "--quantise", "int4", "--output", str(tmp_path / "rounded.jsonl")])
+    assert rounded.exit_code == 0 and read(tmp_path / "rounded.jsonl") != read(target)
+    nowhere = CliRunner().invoke(app, [*command, "--output", "/proc/out.jsonl"]).exception
+    assert isinstance(nowhere, OSError) and nowhere.filename == "/proc/out.jsonl"
+    again = str(CliRunner().invoke(app, [*command, "--output", str(target)]).exception)
+    assert "out.jsonl exists" in again
+    astray = ["generate", str(tmp_path / "model"), "x", "--output", str(tmp_path / "x")]
+    assert "--output is for the answers to --batch" in str(CliRunner().invoke(app, astray).exception)
+
+
+def test_another_model_under_the_same_name_is_not_taken_up(tmp_path: Path) -> None:
+    for name, model in (("model", speaker()), ("other", build(speaker().origin.hf, seed=1))):
+        landmark.save(model, tmp_path / name)
+        tokenizer().save(tmp_path / name)
+    source, target = write(tmp_path / "in.jsonl", LINES), tmp_path / "out.jsonl"
+    command = ["generate", str(tmp_path / "model"), "--batch", str(source), "--output", str(target)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "step", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        stopped = CliRunner().invoke(app, command)
+        assert stopped.exit_code == 130 and "the same command goes on" in stopped.stderr
+    shutil.copy(tmp_path / "other/model.safetensors", tmp_path / "model/model.safetensors")
+    other = CliRunner().invoke(app, command)
+    assert "another input, model" in str(other.exception) and other.stderr == ""  # no bar before the message

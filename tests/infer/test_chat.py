@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +17,13 @@ from typer.testing import CliRunner
 
 import landmark
 from landmark.cli import chat as command
-from landmark.cli.generate import printable
 from landmark.cli.main import app
 from landmark.infer.chat import Conversation, end_of_turn, prompt_ids
 from landmark.infer.generate import generate
 from landmark.infer.sampling import Sampling
 from landmark.infer.session import Session
 from landmark.models.decoder import Decoder
+from landmark.terminal import printable
 from landmark.weights.tokenizer import Tokenizer
 
 from .models import LLAMA, MARIAN, build, tokenizer
@@ -171,6 +172,25 @@ def test_the_terminal(directory: Path, tmp_path: Path) -> None:
     assert messages[:2] == [{"role": "system", "content": "Be [bold]."}, {"role": "user", "content": "Hi"}]
     assert len(messages) == 3
     assert "no chat template" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "sign"), [({}, "\033[1;36m"), ({"NO_COLOR": "1"}, "> "), ({"TERM": "dumb"}, "> ")]
+)
+def test_the_prompt_heeds_what_the_terminal_is(
+    variables: dict[str, str], sign: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def ask(prompt: str) -> str:
+        asked.append(prompt)
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    environment = {"TERM": "xterm-256color"} | variables
+    console = Console(file=io.StringIO(), force_terminal=True, _environ=environment)
+    assert list(command.read(console)) == [] and sign in asked[0] and ("\033" in asked[0]) == (sign != "> ")
 
 
 def test_a_base_model_says_so(tmp_path: Path) -> None:

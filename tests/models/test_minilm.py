@@ -125,5 +125,7 @@ def test_command(directory: Path, tmp_path: Path) -> None:
     close(torch.tensor([row["embedding"] for row in rows]), reference(directory, [TEXTS[0], TEXTS[2]]), 1e-5)
     done = run(str(directory), text=f"{TEXTS[0]}\n\n{TEXTS[1]}\n")
     assert "384 dimensions" in done.stdout and TEXTS[1] in done.stdout
+    done = run(str(directory), "--text", TEXTS[5], "--json")
+    assert done.stderr == "landmark: a text is longer than the 256 tokens that are read at once, and cut\n"
     done = run(str(directory), text="")
     assert done.returncode == 2 and done.stderr.startswith("landmark: there is nothing to embed")

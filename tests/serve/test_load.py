@@ -42,6 +42,16 @@ def test_the_command(tiny: Live, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "load.json").read_text()) == report and (tmp_path / "load.png").stat().st_size > 1000
 
 
+def test_where_nothing_is_answered(tiny: Live) -> None:
+    """The address may be a client's; a run of nothing but errors has failed."""
+    near = [tiny.url + "/v1/", tiny.url.removeprefix("http://")]
+    for url in near:
+        run = CliRunner().invoke(
+            app, ["bench", "serve", url, "--requests", "2", "--rate", "inf", "--vocab", "99999999"]
+        )
+        assert run.exit_code == 1 and "0 finished, 2 failed" in run.stdout
+
+
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="shared is 9"):
         Load(prompt=8, shared=9)

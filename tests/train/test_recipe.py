@@ -20,6 +20,8 @@ from landmark.nn.bitlinear import BitLinear
 from landmark.objectives.lm import CausalLM
 from landmark.train import WSD, AdamW, Callback, Cosine, Interrupted, InverseSqrt, Lion, Muon, TrainConfig, train
 from landmark.train.read import override, parse, read_toml
+from landmark.transforms.bitnet import bitnet, pack_ternary
+from landmark.transforms.quantise import quantised
 from landmark.weights.tokenizer import Tokenizer
 from tests.train.common import same, weights
 
@@ -219,11 +221,40 @@ def read_toml_text(text: str) -> dict[str, Any]:
         (["model.architectures=['LlamaForCausalLN']"], r"unknown architecture 'LlamaForCausalLN'; did you mean"),
         (["model=llama2-7c"], r"no published size is called 'llama2-7c'; did you mean"),
         (["model.type='GLU'"], r"GLU has no field"),
+        (["out="], "out is empty"),
+        (["data.corpus=[]"], "the list of a corpus' files is empty"),
     ],
 )
 def test_what_cannot_work(toml: Path, assignments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train(read(toml, *assignments))
+
+
+def test_no_run_replaces_a_model(toml: Path, tmp_path: Path) -> None:
+    landmark.save(landmark.build(read_toml(toml)["model"] | {"vocab_size": 300}), tmp_path / "out")
+    before = sorted((path, path.read_bytes()) for path in (tmp_path / "out").rglob("*"))
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="holds a model, and no run"):
+            train(read(toml), resume=resume)
+    assert sorted((path, path.read_bytes()) for path in (tmp_path / "out").rglob("*")) == before
+
+
+@pytest.mark.parametrize("change", [lambda m: quantised(m, "int8"), lambda m: pack_ternary(bitnet(m))])
+def test_codes_are_not_trained(toml: Path, tmp_path: Path, change: Any) -> None:
+    """Only norms and embeddings would learn, without a word."""
+    made = train(read(toml, "steps=2", f"out={tmp_path / 'first'}"))
+    landmark.save(change(landmark.load(made.out)), tmp_path / "codes")
+    with pytest.raises(ValueError, match="codes are codes, which are used and not trained"):
+        train(read(toml, f"model={tmp_path / 'codes'}"))
+
+
+def test_paths_may_begin_at_home(toml: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell does not expand them in TOML; a byte order mark is no key."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    toml.write_text("\ufeff" + toml.read_text().replace(str(tmp_path), "~"))
+    train(read(toml))
+    again = train(read(toml, "model=~/out", "tokenizer.path=~/out", "out=~/more", "data.corpus=~/*.txt"))
+    assert again.out == tmp_path / "more" and (tmp_path / "more" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(("data", "message"), [(b"", "holds no text"), (b"\0\1\2" * 100, "is binary")])

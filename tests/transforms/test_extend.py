@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,12 @@ def test_dynamic_changes_nothing_within_the_old_context(model: Model) -> None:
 
 @pytest.mark.parametrize(
     ("way", "factor", "message"),
-    [("yran", 2.0, "did you mean 'yarn'"), ("yarn", 0.5, "factor of 0.5"), ("abf", 2.0, "abf needs it")],
+    [
+        ("yran", 2.0, "did you mean 'yarn'"),
+        ("yarn", 0.5, "factor of 0.5"),
+        ("yarn", math.nan, "factor of nan"),
+        ("abf", 2.0, "abf needs it"),
+    ],
 )
 def test_bad_input(model: Model, way: str, factor: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -165,7 +166,22 @@ NORM = "model.norm.weight"
             "no rule knows the tensor 'model.extra'",
         ),
         (lambda d: edit_config(d, num_hidden_layers=1), "too many"),
+        (lambda d: edit_config(d, hidden_size="16"), "hidden_size is '16'; it must be a whole number"),
+        (lambda d: edit_config(d, num_hidden_layers=1.5), "num_hidden_layers is 1.5"),
+        (lambda d: edit_config(d, rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5'; it must be a number"),
+        (lambda d: edit_config(d, tie_word_embeddings="no"), "tie_word_embeddings is 'no'; it must be true or false"),
+        (lambda d: edit_config(d, rope_scaling="yarn"), "rope_scaling is 'yarn'; it must be an object"),
+        (
+            lambda d: edit_config(d, rope_scaling={"rope_type": "linear", "factor": "x"}),
+            "the rope parameter factor is 'x'",
+        ),
+        (lambda d: edit_config(d, hidden_act=5), "unknown activation 5"),
+        (lambda d: edit_config(d, architectures="LlamaForCausalLM"), "architectures is .* it must be a list"),
+        (lambda d: edit_weights(d, lambda w: w | {NORM: w[NORM].int()}), "'norm.weight' holds torch.int32"),
+        (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
+        (lambda d: (d / "config.json").write_text("[]"), "config.json holds a list; it must be a JSON object"),
         (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),
+        (lambda d: (d / "config.json").write_text("[" * 9999 + "]" * 9999), "not valid JSON"),
         (lambda d: (d / "config.json").unlink(), "does not exist"),
         (lambda d: (d / "model.safetensors").unlink(), "holds no model.safetensors"),
         (lambda d: (d / "model.safetensors").write_bytes(b"\x10" * 99), "truncated or corrupt"),
@@ -184,6 +200,13 @@ def test_a_model_type_with_one_architecture_needs_not_name_it(directory: Path) -
     assert same(landmark.load(directory), named)
     with pytest.raises(ValueError, match="unknown architecture 'LlamaForCausal'; did you mean 'LlamaForCausalLM'"):
         landmark.load(directory, architecture="LlamaForCausal")
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "me/llama"}')
+    for read in (landmark.load, describe):
+        with pytest.raises(ValueError, match=r"is an adapter; give the model that it is for \(me/llama\)"):
+            read(tmp_path)
 
 
 def test_a_pickle_is_never_opened(directory: Path) -> None:
@@ -212,6 +235,14 @@ def test_paths_that_are_no_directories(directory: Path, monkeypatch: pytest.Monk
         landmark.load("no-such/model")
 
 
+def test_weights_may_be_read_by_whom_the_umask_says(tmp_path: Path) -> None:
+    for umask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        before = os.umask(umask)
+        files.write_file(tmp_path / "w.safetensors", {"a": torch.ones(2)})
+        os.umask(before)
+        assert (tmp_path / "w.safetensors").stat().st_mode & 0o777 == mode
+
+
 def test_a_full_disk_leaves_the_old_model(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = landmark.load(directory)
     with torch.no_grad():
@@ -234,3 +265,40 @@ def test_describe_reads_no_weights(directory: Path) -> None:
     assert hf["hidden_size"] == 16 and config == describe(directory / "config.json")[0]
     with pytest.raises(ValueError, match="no published size is called 'lama'"):
         describe("lama")
+
+
+def test_a_new_directory_is_whole_or_not_there(tmp_path: Path) -> None:
+    out, left = tmp_path / "out", tmp_path / ".out.tmp"
+    left.mkdir()
+    (left / "half").touch()  # of a process that was killed
+    with pytest.raises(KeyboardInterrupt), files.new_directory(out) as fresh:
+        assert not list(fresh.iterdir())
+        (fresh / "a").touch()
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with files.new_directory(out) as fresh:
+        (fresh / "a").touch()
+    assert list(tmp_path.rglob("*")) == [out, out / "a"]
+
+
+def test_weights_that_may_not_be_read(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, mode: str) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(files, "open", refuse, raising=False)  # whoever runs the tests may be allowed everything
+    with pytest.raises(PermissionError, match=r"model\.safetensors"):
+        landmark.load(directory)
+
+
+def test_companions_are_whole_or_not_there(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (directory / "tokenizer.json").write_text("{}")
+    write = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        write(path, data[:1])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*copy/tokenizer.json'"):
+        landmark.save(landmark.load(directory), tmp_path / "copy")
+    assert not list((tmp_path / "copy").glob("*tokenizer*"))
