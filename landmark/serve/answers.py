@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from ..infer.engine import Event, Handle
+from ..weights.tokenizer import StreamDecoder, Tokenizer
 from .schema import ChatRequest, CompletionRequest, Generation
 from .served import Served
 from .tools import Delta, ToolReader
@@ -33,6 +35,35 @@ def head(kind: str, served: Served, prefix: str) -> dict[str, Any]:
 # -- completions ------------------------------------------------------------------------------------------------------
 
 
+class Ruler:
+    """Measures a text that is put together of tokens: where each begins, in characters from `at` on. One that is a part
+    of a character begins where that does; one that is no text, where the next one will."""
+
+    def __init__(self, tokenizer: Tokenizer, stream: StreamDecoder, at: int = 0) -> None:
+        self._tokenizer, self._stream, self.at = tokenizer, stream, at
+
+    def start(self, token: int) -> int:
+        before = self.at
+        self.at += len(self._stream.step(token))
+        try:
+            own = len(self._tokenizer.token_bytes(token).decode())
+        except UnicodeDecodeError:
+            return before
+        return max(before, self.at + len(self._stream.held) - own)
+
+
+def prompt_offsets(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> list[int]:
+    """Where the tokens of a prompt begin in its text, in which those that were put before it have no place."""
+    ruler, offsets = Ruler(tokenizer, tokenizer.stream(skip_special=False)), []
+    for token in ids:
+        added = token in tokenizer.special_ids and not text.startswith(tokenizer.id_to_token(token) or "", ruler.at)
+        offsets.append(ruler.at if added else ruler.start(token))
+    if ruler.at == len(text):
+        return offsets
+    own = tokenizer.backend.encode(text, add_special_tokens=True).offsets  # it reads another text than this one
+    return list(accumulate((start for start, _ in own[: len(ids)]), max))
+
+
 @dataclass
 class TextChoice:
     """One answer to one prompt, as it grows: its text, and log-probabilities in the form of the older API."""
@@ -41,49 +72,45 @@ class TextChoice:
     body: CompletionRequest
     index: int
     handle: Handle
-    text: str = ""
     tokens: list[int] = field(default_factory=list)
-    finish: str | None = None
-    offset: int = 0
-    _begun: bool = False
+    _ruler: Ruler | None = None  # of what is said; there is one as soon as something was
 
     def feed(self, event: Event) -> dict[str, Any]:
-        """The choice as the piece of a stream that this event is."""
-        echoed = "" if self._begun else self._echo()
-        piece: dict[str, Any] = {"text": echoed + self._said(event), "index": self.index, "finish_reason": event.finish}
-        piece["logprobs"] = self._logprobs(event)
+        """The choice as the piece of a stream that this event is. Where no token was asked for, the engine's one only
+        tells that the prompt is read."""
+        first, said = self._ruler is None, self.body.max_tokens != 0
+        echoed = self._echo() if first and self.body.echo else ""
+        if self._ruler is None:
+            tokenizer = self.served.tokenizer
+            self._ruler = Ruler(tokenizer, tokenizer.stream(self.handle.request.prompt), len(echoed))
+        piece: dict[str, Any] = {"text": echoed + (event.text if said else ""), "index": self.index}
+        piece["finish_reason"] = event.finish if said else "length"
+        piece["logprobs"] = None if self.body.logprobs is None else self._logprobs(event, self._ruler, first, said)
         if self.body.return_token_ids:
-            piece["token_ids"] = [event.token]
-            if not self._begun:
+            piece["token_ids"] = [event.token] if said else []
+            if first:
                 piece["prompt_token_ids"] = list(self.handle.request.prompt)
-        self._begun = True
-        self.text += piece["text"]
-        self.tokens.append(event.token)
-        self.finish = event.finish
+        if said:
+            self.tokens.append(event.token)
         return piece
 
-    def _said(self, event: Event) -> str:
-        return "" if self.body.max_tokens == 0 else event.text
-
     def _echo(self) -> str:
-        if not self.body.echo:
-            return ""
         given = self.body.prompt
         return given if isinstance(given, str) else self.served.tokenizer.decode(self.handle.request.prompt, False)
 
-    def _logprobs(self, event: Event) -> dict[str, Any] | None:
-        if self.body.logprobs is None:
-            return None
+    def _logprobs(self, event: Event, ruler: Ruler, first: bool, said: bool) -> dict[str, Any]:
         out: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        if self.body.echo and not self._begun:
-            self._add(out, self.handle.request.prompt[0], None, None)
-            for (token, logprob), top in self.handle.prompt_logprobs:
-                self._add(out, token, logprob, top)
-        if self.body.max_tokens != 0:
-            self._add(out, event.token, event.logprob, event.top)
+        if self.body.echo and first:
+            prompt = self.handle.request.prompt
+            offsets = prompt_offsets(self.served.tokenizer, self._echo(), prompt)
+            scored = [((prompt[0], None), None), *self.handle.prompt_logprobs]
+            for offset, ((token, logprob), top) in zip(offsets, scored, strict=True):
+                self._add(out, offset, token, logprob, top)
+        if said:
+            self._add(out, ruler.start(event.token), event.token, event.logprob, event.top)
         return out
 
-    def _add(self, out: dict[str, Any], token: int, logprob: float | None, top: Any) -> None:
+    def _add(self, out: dict[str, Any], offset: int, token: int, logprob: float | None, top: Any) -> None:
         text = self.served.token_text(token)
         out["tokens"].append(text)
         out["token_logprobs"].append(None if logprob is None else finite(logprob))
@@ -91,8 +118,7 @@ class TextChoice:
         if likeliest is not None and logprob is not None:
             likeliest.setdefault(text, finite(logprob))
         out["top_logprobs"].append(likeliest)
-        out["text_offset"].append(self.offset)
-        self.offset += len(self.served.token_bytes(token).decode(errors="replace"))
+        out["text_offset"].append(offset)
 
 
 def merge_pieces(pieces: list[dict[str, Any]]) -> dict[str, Any]:

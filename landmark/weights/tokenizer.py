@@ -301,7 +301,7 @@ class StreamDecoder:
         self._skip = tokenizer.special_ids if skip_special else frozenset()
         self._strip = tokenizer._rule.strip_start
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
+        self.held = ""  # a space that goes if nothing follows
         self._strip &= all(token_id in self._skip for token_id in prompt)
         for token_id in prompt[-16:]:  # enough for a character that the prompt begins and the stream ends
             self.step(token_id)
@@ -310,12 +310,12 @@ class StreamDecoder:
         """The text that this id completes, perhaps none."""
         if token_id in self._skip:
             return ""
-        text = self._held + self._utf8.decode(self._tokenizer.token_bytes(token_id))
-        self._held = ""
+        text = self.held + self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        self.held = ""
         if self._strip and text:
             text, self._strip = text.removeprefix(" "), False
         if self._tokenizer._rule.strip_end and text.endswith(" "):
-            text, self._held = text[:-1], " "
+            text, self.held = text[:-1], " "
         return text
 
     def flush(self) -> str:

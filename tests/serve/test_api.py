@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import json
 import math
 from typing import Any
@@ -13,9 +14,15 @@ import pytest
 import torch
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import NFC
+from tokenizers.pre_tokenizers import Whitespace
 
 from landmark.infer.generate import generate
 from landmark.infer.sampling import Sampling
+from landmark.serve.answers import prompt_offsets
+from landmark.weights.tokenizer import Tokenizer
 
 from .conftest import Live, model_and_tokenizer
 
@@ -81,6 +88,54 @@ def test_echo_with_logprobs_of_a_batch_of_ids(tiny: Live) -> None:
             assert math.isclose(logprobs.token_logprobs[i], table[i - 1, ids[i]].item(), abs_tol=1e-4)
             assert math.isclose(max(logprobs.top_logprobs[i].values()), table[i - 1].max().item(), abs_tol=1e-4)
         assert math.isclose(logprobs.token_logprobs[-1], table[-1].max().item(), abs_tol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["The with statement", "é naïve 漢字 🙂 go", "a<|im_start|> b", " two  spaces "])
+@pytest.mark.parametrize("by_ids", [False, True])
+def test_offsets_are_places_in_the_text(tiny: Live, text: str, by_ids: bool) -> None:
+    """Every token that is whole text stands where its offset says; a part of a character where that one begins."""
+    _, tokenizer = model_and_tokenizer()
+    ids = tokenizer.encode(text, special=True)
+    assert ids[0] == tokenizer.bos_id
+    ours: Any = {"return_token_ids": True, "ignore_eos": True}
+    asked: Any = {"model": "tiny", "prompt": ids if by_ids else text, "echo": True, "logprobs": 0, "max_tokens": 20}
+    asked |= {"seed": 5, "temperature": 2.0, "extra_body": ours}
+    (got,) = client(tiny).completions.create(**asked).choices
+    assert got.logprobs is not None
+    tokens, offsets = got.logprobs.tokens or [], got.logprobs.text_offset or []
+    said: list[int] = got.token_ids  # type: ignore[attr-defined]
+    specials, seen = tokenizer.special_ids, b""
+    for n, (token, name, at) in enumerate(zip([*ids, *said], tokens, offsets, strict=True)):
+        visible = token not in specials or n < len(ids) and (by_ids or n > 0)
+        if n == len(ids):
+            assert got.text[:at].endswith(text) and at == len(got.text) - len(tokenizer.decode(said))
+            seen = got.text[:at].encode()
+        if visible and not name.startswith("bytes:"):
+            assert got.text[at : at + len(name)] == name
+        else:
+            assert at == len(codecs.getincrementaldecoder("utf-8")("replace").decode(seen)), (n, name)
+        seen += tokenizer.token_bytes(token) if visible else b""
+    assert any(name.startswith("bytes:") for name in tokens)
+    assert offsets == sorted(offsets)
+    parts = [c.choices[0].logprobs.text_offset for c in client(tiny).completions.create(**asked, stream=True)]
+    assert sum(parts, []) == offsets
+
+
+def test_offsets_where_the_tokenizer_reads_another_text() -> None:
+    tokenizer = Tokenizer(Backend(WordLevel({"[CLS]": 0, "é": 1, "cat": 2}, unk_token="[CLS]")))
+    tokenizer.backend.normalizer, tokenizer.backend.pre_tokenizer = NFC(), Whitespace()
+    assert prompt_offsets(tokenizer, "e\u0301 cat  cat", tokenizer.encode("e\u0301 cat  cat")) == [0, 3, 8]
+
+
+def test_no_tokens_are_none_in_the_usage(tiny: Live) -> None:
+    asked: Any = dict(model="tiny", prompt="import os", max_tokens=0, echo=True, logprobs=1)
+    got = client(tiny).completions.create(**asked, extra_body={"return_token_ids": True})
+    (choice,), usage = got.choices, got.usage
+    assert usage is not None and usage.completion_tokens == 0 and usage.total_tokens == usage.prompt_tokens > 0
+    assert choice.text == "import os" and choice.finish_reason == "length" and choice.token_ids == []  # type: ignore[attr-defined]
+    assert choice.logprobs is not None and len(choice.logprobs.tokens or ()) == usage.prompt_tokens
+    *_, last = client(tiny).completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    assert last.usage == usage
 
 
 def test_chat_streamed_and_whole_are_equal(tiny: Live) -> None:
