@@ -30,6 +30,9 @@ def serve(
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more get a 429.")] = 256,
     rate: Annotated[int | None, typer.Option(min=1, help="Requests a minute for each key or address.")] = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 600.0,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="Seconds that running requests may still take on SIGTERM or Ctrl-C.")
+    ] = 30.0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: as stored.")] = None,
     quantise: Annotated[
         str | None,
@@ -57,17 +60,17 @@ def serve(
     """
     import socket
 
-    import uvicorn
     from rich.console import Console
 
     from .. import malloc
     from ..ops.native import report
     from ..serve.app import create_app
     from ..serve.limits import Limits
+    from ..serve.run import HttpServer
     from ..serve.served import ServedEncoder
 
     malloc.few_heaps()
-    limits = Limits(keys=tuple(api_key or ()), timeout=timeout, queue=queue, rate=rate)
+    limits = Limits(keys=tuple(api_key or ()), timeout=timeout, drain=drain_seconds, queue=queue, rate=rate)
     console = Console(stderr=True, highlight=False)
     if adapter and len(models) > 1:
         raise ValueError(f"--adapter goes with one model, not with {len(models)}; serve the others apart")
@@ -85,16 +88,14 @@ def serve(
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(2048)  # who comes as soon as the address is told waits a moment
     except OSError as error:
         raise ValueError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from None
     where = f"http://{host}:{listener.getsockname()[1]}"
     console.print(f"[bold]{', '.join(s.name for s in served)}[/] at {where} (the page) and {where}/v1 (the API)")
     if host not in ("127.0.0.1", "localhost", "::1") and not limits.keys:
         console.print("[yellow]Anyone who reaches this machine can use it; --api-key closes it.[/]")
-    config = uvicorn.Config(
-        app, log_level="warning", timeout_graceful_shutdown=30, timeout_keep_alive=30, lifespan="on", access_log=False
-    )
-    uvicorn.Server(config).run(sockets=[listener])
+    HttpServer(app).run(sockets=[listener])
 
 
 def open_served(

@@ -30,6 +30,7 @@ from ..infer.engine import EngineError, Event, Handle
 from ..infer.engine import Request as Wanted
 from ..infer.engine.engine import GUIDE_FAILED
 from .answers import ChatChoice, TextChoice, gather, head, include_usage, merge_pieces, usage
+from .deadlines import Deadlines, shutting_down
 from .errors import ApiError, bad, explain
 from .limits import Gate, Limits
 from .metrics import Counted, Metrics
@@ -67,12 +68,17 @@ class Server:
         if len(self.models) != len(models):
             raise ValueError("two models are served under one name; give each its own")
         self.limits, self.metrics = limits, Metrics(self.models)
-        self.draining = False
+        self.deadlines = Deadlines(limits.timeout)
+
+    def drain(self) -> None:
+        """The server is about to end: nothing new is taken, and what runs has little time left."""
+        if not self.deadlines.draining:
+            self.deadlines.drain(self.limits.drain)
 
     def submit(self, served: Served, requests: Sequence[Wanted]) -> list[Handle]:
         """Into the engine's queue. Raises a 429 where it is full, a 503 where the server is about to end."""
-        if self.draining:
-            raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "30"})
+        if self.deadlines.draining:
+            raise shutting_down()
         if not served.engine.running:
             raise ApiError(503, f"the engine of {served.name} has ended; the server is to be restarted", code="ended")
         waiting = served.engine.stats().waiting
@@ -96,14 +102,12 @@ class Server:
         began = last = time.perf_counter()
         first = True
         try:
-            async with asyncio.timeout(self.limits.timeout):
+            async with self.deadlines.within():
                 async for number, event in gather(handles):
                     now = time.perf_counter()
                     (self.metrics.first if first else self.metrics.between).labels(served.name).observe(now - last)
                     first, last = False, now
                     yield number, event
-        except TimeoutError:
-            raise ApiError(504, f"no answer within {self.limits.timeout:g} s", code="timeout") from None
         except EngineError as error:
             if str(error).startswith(GUIDE_FAILED):
                 raise bad(str(error), "response_format", "invalid_form") from None
@@ -269,14 +273,14 @@ def create_app(models: Sequence[Served | ServedEncoder], limits: Limits = Limits
         engines = [served.engine for served in models if isinstance(served, Served)]
         for engine in engines:
             engine.start()
-        server.draining = False
+        server.deadlines = Deadlines(limits.timeout)
         trimming = asyncio.create_task(keep_trim())
         gc.collect()
         gc.freeze()  # models and modules stay; looking through them again would stop all answers for a while
         yield
         gc.unfreeze()
         trimming.cancel()
-        server.draining = True
+        server.drain()
         for engine in engines:
             await asyncio.to_thread(engine.stop)
 
@@ -325,8 +329,8 @@ def create_app(models: Sequence[Served | ServedEncoder], limits: Limits = Limits
     @app.get("/health", responses=RESPONSES)
     def health() -> dict[str, str]:
         """Whether requests are taken."""
-        if server.draining:
-            raise ApiError(503, "the server is shutting down", code="shutting_down")
+        if server.deadlines.draining:
+            raise shutting_down()
         if ended := [s.name for s in models if isinstance(s, Served) and not s.engine.running]:
             raise ApiError(503, f"the engine of {ended[0]} has ended; the server is to be restarted", code="ended")
         return {"status": "ok"}
@@ -397,7 +401,7 @@ def _stream(pieces: AsyncGenerator[dict[str, Any]], handles: Sequence[Handle]) -
             async for piece in pieces:
                 yield b"data: " + json.dumps(piece, ensure_ascii=False).encode("utf-8", "replace") + b"\n\n"
         except ApiError as error:
-            yield b"data: " + json.dumps(error.body()).encode() + b"\n\n"
+            yield b"event: error\ndata: " + json.dumps(error.body()).encode() + b"\n\n"
             return
         finally:
             await pieces.aclose()

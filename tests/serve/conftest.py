@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-import uvicorn
 
 import landmark
 from landmark.infer.engine import Engine
@@ -23,6 +22,7 @@ from landmark.infer.sentences import SentenceEncoder
 from landmark.models.decoder import Decoder
 from landmark.serve.app import create_app
 from landmark.serve.limits import Limits
+from landmark.serve.run import HttpServer
 from landmark.serve.served import Served, ServedEncoder
 from landmark.weights.tokenizer import Tokenizer
 
@@ -53,7 +53,7 @@ def served(name: str = "tiny", **engine: Any) -> Served:
 @dataclass
 class Live:
     url: str
-    server: uvicorn.Server
+    server: HttpServer
     models: Sequence[Served | ServedEncoder]
 
     @property
@@ -67,8 +67,7 @@ class Live:
 def live(models: Sequence[Served | ServedEncoder], limits: Limits = Limits()) -> Iterator[Live]:
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(models, limits), log_level="error", timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
+    server = HttpServer(create_app(models, limits))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     while not server.started:

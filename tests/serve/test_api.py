@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import itertools
 import json
 import math
 from typing import Any
@@ -106,7 +107,7 @@ def test_offsets_are_places_in_the_text(tiny: Live, text: str, by_ids: bool) -> 
     said: list[int] = got.token_ids  # type: ignore[attr-defined]
     specials, seen = tokenizer.special_ids, b""
     for n, (token, name, at) in enumerate(zip([*ids, *said], tokens, offsets, strict=True)):
-        visible = token not in specials or n < len(ids) and (by_ids or n > 0)
+        visible = token not in specials or (n < len(ids) and (by_ids or n > 0))
         if n == len(ids):
             assert got.text[:at].endswith(text) and at == len(got.text) - len(tokenizer.decode(said))
             seen = got.text[:at].encode()
@@ -118,7 +119,7 @@ def test_offsets_are_places_in_the_text(tiny: Live, text: str, by_ids: bool) -> 
     assert any(name.startswith("bytes:") for name in tokens)
     assert offsets == sorted(offsets)
     parts = [c.choices[0].logprobs.text_offset for c in client(tiny).completions.create(**asked, stream=True)]
-    assert sum(parts, []) == offsets
+    assert list(itertools.chain(*parts)) == offsets
 
 
 def test_offsets_where_the_tokenizer_reads_another_text() -> None:

@@ -8,6 +8,8 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -15,6 +17,7 @@ import openai
 import pytest
 from openai import OpenAI
 
+from landmark.infer.engine import Engine
 from landmark.serve.limits import Limits
 
 from .conftest import Live, live, served
@@ -171,6 +174,64 @@ def test_what_runs_is_finished_before_the_end() -> None:
         running.server.should_exit = True
         ask.join()
         assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 200
+
+
+@contextmanager
+def slow(engine: Engine, seconds: float) -> Iterator[None]:
+    """Within, each step takes so long."""
+    model: Any = engine.model
+    plain = model.hidden
+
+    def hidden(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return plain(*args, **kwargs)
+
+    model.hidden = hidden
+    try:
+        yield
+    finally:
+        del model.hidden
+
+
+def test_what_is_not_finished_by_the_end_is_told_so() -> None:
+    with live([served()], Limits(drain=0.3)) as running, slow(running.engine, 0.02):
+        long = {**ASK, "max_tokens": 500}
+        answers: list[httpx.Response] = []
+        threads = [
+            threading.Thread(
+                target=lambda s=s: answers.append(
+                    httpx.post(running.url + "/v1/completions", json={**long, "stream": s}, timeout=60)
+                )
+            )
+            for s in (False, True)
+        ]
+        for thread in threads:
+            thread.start()
+        until(lambda: running.engine.stats().running == 2)
+        time.sleep(0.2)
+        running.server.should_exit = True
+        for thread in threads:
+            thread.join()
+        streamed, whole = sorted(answers, key=lambda answer: answer.status_code)
+        due = {"message": "the server is shutting down", "type": "service_unavailable_error", "param": None}
+        due["code"] = "shutting_down"
+        assert whole.status_code == 503 and whole.json() == {"error": due} and whole.headers["Retry-After"]
+        assert streamed.status_code == 200
+        *said, last = streamed.text.strip().split("\n\n")
+        assert len(said) > 3 and all(piece.startswith("data: {") for piece in said)
+        event, data = last.split("\n")
+        assert event == "event: error" and json.loads(data.removeprefix("data: ")) == {"error": due}
+        until(lambda: running.engine.stats().cancelled == 2)
+
+
+def test_the_client_sees_what_ends_a_stream() -> None:
+    with live([served()], Limits(timeout=0.3)) as running, slow(running.engine, 0.02):
+        pieces = OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0).completions.create(
+            model="tiny", prompt=[5, 6, 7], max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+        )
+        with pytest.raises(openai.APIError, match="no answer within 0.3 s") as caught:
+            list(pieces)
+        assert caught.value.code == "timeout" and caught.value.type == "timeout_error"
 
 
 @pytest.mark.parametrize("name", ["body", "queue", "timeout"])
