@@ -199,6 +199,8 @@ class Server:
         given = [body.input] if isinstance(body.input, str) else body.input
         if not all(isinstance(text, str) for text in given):
             raise bad("input is token ids; give texts, which the model's own tokenizer reads", "input")
+        if len(given) > MOST_ANSWERS:
+            raise bad(f"{len(given)} texts; {MOST_ANSWERS} at most", "input")
         texts = [text for text in given if isinstance(text, str)]
         try:
             vectors = (await asyncio.to_thread(served.encoder.embed, texts, cut=False)).float().numpy()

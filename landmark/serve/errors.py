@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
 
 from ..config import nearest
 from .schema import ChatRequest, CompletionRequest, EmbeddingRequest
@@ -15,6 +14,7 @@ KINDS = {
     408: "timeout_error", 413: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable_error",
     504: "timeout_error",
 }  # fmt: skip
+UNTYPED = ("union_tag_not_found", "union_tag_invalid")  # "type" says which of several objects one is
 
 
 class ApiError(Exception):
@@ -37,19 +37,53 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> ApiE
     return ApiError(400, " ".join(message.split()), param=param, code=code)
 
 
-def explain(error: RequestValidationError | ValidationError) -> ApiError:
-    """The first thing that is wrong, in one line that names the field."""
-    first = error.errors()[0]
-    kinds = ("body", "str", "list[constrained-int]", "list[str]")
-    path = [
-        str(part) for part in first["loc"] if part not in kinds and not str(part).startswith(("list[", "constrained"))
-    ]
-    field = ".".join(path) or None
-    if first["type"] == "extra_forbidden":
-        known = (*ChatRequest.model_fields, *CompletionRequest.model_fields, *EmbeddingRequest.model_fields)
-        return bad(f"unknown field {field!r}{nearest(path[-1], set(known))}", field, "unknown_field")
-    if first["type"] == "json_invalid":
-        return bad(f"the body is not JSON: {first.get('ctx', {}).get('error', 'it cannot be read')}", None, "bad_json")
-    if field is None:
-        return bad(f"the body is wrong: {first['msg']}; send a JSON object with Content-Type: application/json")
-    return bad(f"{field}: {first['msg']}", field, "invalid_value")
+def explain(error: RequestValidationError) -> ApiError:
+    """What is wrong with the first field that is, in one line that names it as it was sent. Where a field may have
+    several forms, the mistake is the one that was found furthest inside."""
+    found = error.errors()
+    if found[0]["type"] == "json_invalid":
+        why = found[0].get("ctx", {}).get("error", "it cannot be read")
+        return bad(f"the body is not JSON: {why}", None, "bad_json")
+    paths = [sent(each, error.body) for each in found]
+    path = max((path for path in paths if path[:1] == paths[0][:1]), key=len)
+    if not path:
+        return bad(f"the body is wrong: {say(found[0])}; send a JSON object with Content-Type: application/json")
+    field = ".".join(path)
+    wrong = [each for each, other in zip(found, paths, strict=True) if other == path]
+    match wrong[0]["type"]:
+        case "extra_forbidden":
+            known = (*ChatRequest.model_fields, *CompletionRequest.model_fields, *EmbeddingRequest.model_fields)
+            return bad(f"unknown field {field!r}{nearest(path[-1], set(known))}", field, "unknown_field")
+        case "none_required":
+            return bad(f"{field} is not supported; leave it out", field, "unsupported_value")
+    first, *others = dict.fromkeys(map(say, wrong))
+    ways = "".join(f" or {other.removeprefix('Input should be ')}" for other in others)
+    return bad(f"{field}: {first}{ways}", field, "invalid_value")
+
+
+def sent(mistake: dict[str, Any], body: Any) -> list[str]:
+    """The path of a mistake in the body: without the names of forms that pydantic tried, which the body lacks."""
+    path: list[str] = []
+    _, *place = mistake["loc"]
+    for part in place:
+        if body is mistake["input"]:
+            break
+        if (isinstance(body, dict) and part in body) or (isinstance(body, list) and part in range(len(body))):
+            body = body[part]
+            path.append(str(part))
+    lacking = [str(place[-1])] if mistake["type"] == "missing" and place else []
+    return path + lacking + (["type"] if mistake["type"] in UNTYPED else [])
+
+
+def say(mistake: dict[str, Any]) -> str:
+    """In JSON's terms."""
+    match mistake["type"]:
+        case "union_tag_not_found":
+            return "Field required"
+        case "union_tag_invalid":
+            return f"Input should be {' or '.join(mistake['ctx']['expected_tags'].split(', '))}"
+        case "model_attributes_type" | "model_type" | "dict_type":
+            return "Input should be an object"
+        case "list_type":
+            return "Input should be a list"
+    return str(mistake["msg"]).replace(" after validation", "")

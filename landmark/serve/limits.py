@@ -21,7 +21,7 @@ OPEN = ("/health", "/", "/page/", "/favicon.ico")  # what needs no key
 @dataclass(frozen=True)
 class Limits:
     """`keys`: any of them opens the server; none: it is open. `body`: bytes. `patience`: seconds that a client may take
-    to send its body. `timeout`: seconds that a request may take in all. `drain`: seconds that it may still take when the
+    to send its body. `timeout`: seconds that a request may take in all. `drain`: those that it may still take when the
     server ends. `queue`: requests that may wait for the engine. `rate`: requests a minute for each key (or address)."""
 
     keys: Sequence[str] = ()

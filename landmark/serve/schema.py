@@ -1,19 +1,60 @@
 """Requests, as OpenAI's API has them, and a few fields more that the engine understands.
 
-Fields that change nothing here are taken and ignored; any other field that is not known is an error.
+Fields that change nothing here are taken and ignored; any other field that is not known is an error. Null is the same
+as to leave a field out. Lists end at their first mistake, and have bounds: to describe megabytes of mistakes, or to
+read a million messages, would hold everybody up.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    Tag,
+)  # fmt: skip
+from pydantic_core import PydanticUseDefault
 
+
+def _use_default(value: Any) -> Any:
+    if value is None:
+        raise PydanticUseDefault
+    return value
+
+
+OrNull = BeforeValidator(_use_default)  # null means the default, which is another value
+MOST_MESSAGES = 1 << 14
+MOST_TOOLS = 1 << 10
 Number = Annotated[float, Field(allow_inf_nan=False)]
 LARGEST = 2**31 - 1
 TokenId = Annotated[StrictInt, Field(ge=0, le=LARGEST)]
 Count = Annotated[StrictInt, Field(ge=1, le=LARGEST)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+Flag = Annotated[StrictBool, OrNull]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[list[StrictStr], Field(min_length=1, fail_fast=True)]
+
+
+def _form(prompt: Any) -> str:
+    """Which of its forms a prompt has, told by its beginning."""
+    if not isinstance(prompt, list):
+        return "text"
+    return "texts" if not prompt or isinstance(prompt[0], str) else "batch" if isinstance(prompt[0], list) else "ids"
+
+
+Prompt = Annotated[
+    Annotated[StrictStr, Tag("text")]
+    | Annotated[Texts, Tag("texts")]
+    | Annotated[TokenIds, Tag("ids")]
+    | Annotated[list[TokenIds], Field(fail_fast=True), Tag("batch")],
+    Discriminator(_form),
+]
 
 
 class Body(BaseModel):
@@ -21,14 +62,14 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
-    include_usage: StrictBool = False
+    include_usage: Flag = False
     include_obfuscation: Any = None
 
 
 class JsonSchema(Body):
-    name: StrictStr = "answer"
+    name: Annotated[StrictStr, OrNull] = "answer"
     description: StrictStr | None = None
-    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    schema_: Annotated[dict[str, Any], OrNull] = Field(default_factory=dict, alias="schema")
     strict: StrictBool | None = None
 
 
@@ -48,11 +89,11 @@ class Generation(Body):
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     n: Annotated[StrictInt, Field(ge=1, le=128)] | None = None
-    stop: StrictStr | list[StrictStr] | None = None
+    stop: StrictStr | Annotated[list[StrictStr], Field(fail_fast=True)] | None = None
     seed: Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
+    logit_bias: dict[str, Any] | None = None  # token ids as JSON's names, and -100 to 100
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     user: StrictStr | None = None
@@ -60,29 +101,26 @@ class Generation(Body):
     top_k: Annotated[StrictInt, Field(ge=-1, le=LARGEST)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
-    stop_token_ids: list[TokenId] | None = None
-    ignore_eos: StrictBool = False
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
+    ignore_eos: Flag = False
     best_of: Annotated[StrictInt, Field(ge=1, le=128)] | None = None
-    priority: Annotated[StrictInt, Field(ge=-100, le=100)] = 0
+    priority: Annotated[StrictInt, Field(ge=-100, le=100), OrNull] = 0
     response_format: ResponseFormat | None = None
-    logprobs_of: Literal["model", "sampled"] = "model"
-    return_token_ids: StrictBool = False
+    logprobs_of: Annotated[Literal["model", "sampled"], OrNull] = "model"
+    return_token_ids: Flag = False
 
     # Taken and ignored: they change nothing here.
     metadata: Any = None
     store: Any = None
     service_tier: Any = None
     prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
     safety_identifier: Any = None
 
 
 class CompletionRequest(Generation):
-    prompt: (
-        StrictStr
-        | TokenIds
-        | Annotated[list[StrictStr], Field(min_length=1)]
-        | Annotated[list[TokenIds], Field(min_length=1)]
-    )
+    prompt: Prompt
     max_tokens: Annotated[StrictInt, Field(ge=0, le=LARGEST)] | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=100)] | None = None
     echo: StrictBool | None = None
@@ -91,12 +129,12 @@ class CompletionRequest(Generation):
 
 class FunctionCall(Body):
     name: StrictStr
-    arguments: StrictStr = "{}"
+    arguments: Annotated[StrictStr, OrNull] = "{}"
 
 
 class ToolCall(Body):
     id: StrictStr | None = None
-    type: Literal["function"] = "function"
+    type: Annotated[Literal["function"], OrNull] = "function"
     function: FunctionCall
     index: StrictInt | None = None
 
@@ -104,21 +142,34 @@ class ToolCall(Body):
 class TextPart(Body):
     type: Literal["text"]
     text: StrictStr
+    prompt_cache_breakpoint: Any = None
+
+
+class RefusalPart(Body):
+    type: Literal["refusal"]
+    refusal: StrictStr
+
+
+Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
 
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: StrictStr | list[TextPart] | None = None
+    content: StrictStr | Annotated[list[Part], Field(max_length=MOST_MESSAGES, fail_fast=True)] | None = None
     name: StrictStr | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     tool_call_id: StrictStr | None = None
     refusal: StrictStr | None = None
+    reasoning_content: StrictStr | None = None
 
     # What clients send back of an answer, though it says nothing.
     audio: Any = None
     function_call: None = None
     annotations: Any = None
     parsed: Any = None
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
 
 
 class Function(Body):
@@ -143,29 +194,32 @@ class NamedTool(Body):
 
 
 class ChatRequest(Generation):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=100)] | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: StrictBool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: Any = None
     verbosity: Any = None
+    prediction: Any = None
     modalities: list[Literal["text"]] | None = None
+
+    # What is not done here, so that only null is right.
+    audio: None = None
+    function_call: None = None
+    functions: None = None
+    moderation: None = None
+    web_search_options: None = None
 
 
 class EmbeddingRequest(Body):
     model: StrictStr
-    input: (
-        StrictStr
-        | TokenIds
-        | Annotated[list[StrictStr], Field(min_length=1, max_length=2048)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=2048)]
-    )
-    encoding_format: Literal["float", "base64"] = "float"
+    input: Prompt
+    encoding_format: Annotated[Literal["float", "base64"], OrNull] = "float"
     dimensions: Count | None = None
     user: StrictStr | None = None
 
@@ -175,10 +229,10 @@ class TokenizeRequest(Body):
 
     model: StrictStr | None = None
     prompt: StrictStr | None = None
-    messages: list[Message] | None = None
-    add_special_tokens: StrictBool = True
+    messages: Messages | None = None
+    add_special_tokens: Flag = True
 
 
 class DetokenizeRequest(Body):
     model: StrictStr | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]

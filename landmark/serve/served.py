@@ -17,7 +17,7 @@ from ..infer.sentences import SentenceEncoder
 from ..models.decoder import Decoder
 from ..weights.tokenizer import Tokenizer
 from .errors import ApiError, bad
-from .schema import ChatRequest, CompletionRequest, Generation, Message, ResponseFormat, Tool
+from .schema import ChatRequest, CompletionRequest, Generation, Message, RefusalPart, ResponseFormat, TextPart, Tool
 from .tools import Dialect, dialect, grammar
 
 
@@ -76,7 +76,7 @@ class Served:
                 raise bad(str(error), "prompt") from None
         else:
             ids = list(text)
-        self.check_length(ids)
+        self.check_length(ids, "prompt")
         return ids
 
     def chat_prompt(
@@ -88,14 +88,14 @@ class Served:
             raise bad(f"{self.name} has no chat template; use /v1/completions", "messages", "no_chat_template")
         if taken := sorted({"self", "messages", "tools"} & set(variables or ())):
             raise bad(f"{taken[0]!r} is set by the request itself", "chat_template_kwargs")
-        said = [as_plain(message) for message in messages]
-        self.check_text(sum(len(each["content"]) for each in said), "messages")
+        plain = [as_plain(message) for message in messages]
+        self.check_text(sum(len(each["content"]) for each in plain), "messages")
         functions = [tool.model_dump(exclude_none=True) for tool in tools] if tools else None
         try:
-            ids = self.tokenizer.encode_chat(said, functions, **(variables or {}))
+            ids = self.tokenizer.encode_chat(plain, functions, **(variables or {}))
         except ValueError as error:
             raise bad(str(error), "messages") from None
-        self.check_length(ids)
+        self.check_length(ids, "messages")
         return ids
 
     @cached_property
@@ -118,17 +118,17 @@ class Served:
                 "context_length_exceeded",
             )  # fmt: skip
 
-    def check_length(self, ids: Sequence[int]) -> None:
+    def check_length(self, ids: Sequence[int], name: str) -> None:
         longest, vocab = self.engine.longest, self.model.cfg.embed.vocab
         if not ids:
-            raise bad("the prompt is empty; give at least one token", "prompt")
+            raise bad("the prompt is empty; give at least one token", name)
         if longest is not None and len(ids) > longest:
             raise bad(
-                f"the prompt has {len(ids)} tokens, but {self.name} takes {longest} at most", "prompt",
+                f"the prompt has {len(ids)} tokens, but {self.name} takes {longest} at most", name,
                 "context_length_exceeded",
             )  # fmt: skip
         if wrong := [token for token in ids if token >= vocab]:
-            raise bad(f"the prompt holds the id {wrong[0]}, but the vocabulary ends at {vocab - 1}", "prompt")
+            raise bad(f"the prompt holds the id {wrong[0]}, but the vocabulary ends at {vocab - 1}", name)
 
     # -- settings --------------------------------------------------------------------------------------------------
 
@@ -152,13 +152,15 @@ class Served:
         except ValueError as error:
             raise bad(str(error), str(error).split()[0]) from None
 
-    def logit_bias(self, given: Mapping[str, float] | None) -> dict[int, float] | None:
+    def logit_bias(self, given: Mapping[str, Any] | None) -> dict[int, float] | None:
         if given is None:
             return None
         vocab = self.model.cfg.head.vocab
-        for key in given:
-            if not key.isascii() or not key.isdigit() or int(key) >= vocab:
-                raise bad(f"{key!r} is no token id below {vocab}", "logit_bias")
+        for key, bias in given.items():
+            if not key.isascii() or not key.isdigit() or len(key) > 10 or int(key) >= vocab:
+                raise bad(f"{key[:40]!r} is no token id below {vocab}", "logit_bias")
+            if type(bias) not in (int, float) or not -100 <= bias <= 100:
+                raise bad(f"the bias of {key} is {str(bias)[:40]}; it is to be a number from -100 to 100", "logit_bias")
         return {int(key): bias for key, bias in given.items()}
 
     def room(self, prompt: Sequence[int], wanted: int | None) -> int:
@@ -273,14 +275,19 @@ def cool(temperature: float | None) -> float | None:
 
 def as_plain(message: Message) -> dict[str, Any]:
     """A message as chat templates read them: text in one piece, arguments of calls as objects."""
-    plain = message.model_dump(exclude_none=True, include={"role", "name", "tool_call_id"})
-    content = message.content
-    plain["content"] = content if isinstance(content, str) else "".join(part.text for part in content or ())
+    plain = message.model_dump(exclude_none=True, include={"role", "name", "tool_call_id", "reasoning_content"})
+    content = message.content or ()
+    parts = [content] if isinstance(content, str) else [said(part) for part in content]
+    plain["content"] = "".join(parts) or message.refusal or ""
     if message.tool_calls:
         plain["tool_calls"] = [call.model_dump(exclude_none=True, exclude={"index"}) for call in message.tool_calls]
         for call in plain["tool_calls"]:
             call["function"]["arguments"] = _json(call["function"]["arguments"])
     return plain
+
+
+def said(part: TextPart | RefusalPart) -> str:
+    return part.text if isinstance(part, TextPart) else part.refusal
 
 
 def _json(text: str) -> Any:

@@ -229,7 +229,7 @@ def test_the_client_sees_what_ends_a_stream() -> None:
         pieces = OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0).completions.create(
             model="tiny", prompt=[5, 6, 7], max_tokens=400, stream=True, extra_body={"ignore_eos": True}
         )
-        with pytest.raises(openai.APIError, match="no answer within 0.3 s") as caught:
+        with pytest.raises(openai.APIError, match="no answer within") as caught:
             list(pieces)
         assert caught.value.code == "timeout" and caught.value.type == "timeout_error"
 
