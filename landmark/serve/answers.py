@@ -152,7 +152,8 @@ class ChatChoice:
     def of(cls, served: Served, body: ChatRequest, index: int) -> ChatChoice:
         tools = body.tools if body.tool_choice != "none" else None
         names = [tool.function.name for tool in tools or ()]
-        return cls(served, body, index, ToolReader(served.dialect, names) if names else None)
+        forced = body.tool_choice not in (None, "auto")
+        return cls(served, body, index, ToolReader(served.dialect, names, forced) if names else None)
 
     def feed(self, event: Event) -> list[dict[str, Any]]:
         """Pieces of a stream: choices with a delta each."""

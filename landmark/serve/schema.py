@@ -19,7 +19,7 @@ from pydantic import (
     StrictInt,
     StrictStr,
     Tag,
-)  # fmt: skip
+)
 from pydantic_core import PydanticUseDefault
 
 

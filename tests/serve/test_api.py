@@ -216,6 +216,28 @@ def test_tool_calls_streamed_and_whole_are_equal(tiny: Live, choice: Any) -> Non
     assert client(tiny).chat.completions.create(model="tiny", messages=back, max_tokens=3).choices
 
 
+def test_forced_calls_that_are_cut_off(tiny: Live) -> None:
+    """Wherever the answer ends, the second call is whole, begun, or not there, and never content."""
+    asked: Any = dict(model="tiny", messages=HELLO, tools=TOOLS, tool_choice="required", seed=1)
+    asked["logit_bias"] = {str(model_and_tokenizer()[1].eos_id): -100}  # another call, as long as there is room
+    made = set()
+    for room in range(1, 110, 6):
+        whole = client(tiny).chat.completions.create(**asked, max_tokens=room).choices[0]
+        calls, content = list[list[str]](), ""
+        for chunk in client(tiny).chat.completions.create(**asked, max_tokens=room, stream=True):
+            content += chunk.choices[0].delta.content or ""
+            for delta in chunk.choices[0].delta.tool_calls or ():
+                assert delta.function is not None
+                if delta.id is not None:
+                    calls.append([delta.function.name or "", ""])
+                calls[delta.index][1] += delta.function.arguments or ""
+        assert (whole.message.content or "", content) == ("", "") and whole.finish_reason == "length"
+        found = [[call.function.name, call.function.arguments] for call in whole.message.tool_calls or ()]  # type: ignore[union-attr]
+        assert found == calls
+        made.add(len(calls))
+    assert {0, 1, 2} <= made
+
+
 def test_ids_and_sampled_logprobs(tiny: Live) -> None:
     ours: Any = {"return_token_ids": True, "logprobs_of": "sampled", "top_k": 1}
     got = client(tiny).completions.create(model="tiny", prompt=[5, 6, 7], max_tokens=4, logprobs=0, extra_body=ours)
