@@ -10,7 +10,8 @@ import base64
 import gc
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +32,7 @@ from ..infer.engine import Request as Wanted
 from ..infer.engine.engine import GUIDE_FAILED
 from .answers import ChatChoice, TextChoice, gather, head, include_usage, merge_pieces, usage
 from .deadlines import Deadlines, shutting_down
-from .errors import ApiError, bad, explain
+from .errors import ApiError, bad, explain, queue_full
 from .limits import Gate, Limits
 from .metrics import Counted, Metrics
 from .schema import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
@@ -58,6 +59,8 @@ class Gone(Exception):
 
 
 MOST_ANSWERS = 2048  # of one call
+SMALL = 1 << 14  # bytes of a request that is read in less time than a thread takes to begin
+READERS = 2  # threads: each one more that computes keeps the event loop waiting for its turn
 
 
 class Server:
@@ -69,13 +72,29 @@ class Server:
             raise ValueError("two models are served under one name; give each its own")
         self.limits, self.metrics = limits, Metrics(self.models)
         self.deadlines = Deadlines(limits.timeout)
+        self.readers = ThreadPoolExecutor(READERS, "reader")
+        self.reading = 0
+
+    async def read(self, request: Request, work: Callable[[], T], *, always: bool = False) -> T:
+        """Do the work that it takes to understand a request: of a large one (or `always`) in a thread, so that everyone
+        else is served meanwhile."""
+        if len(await request.body()) <= SMALL and not always:
+            return work()
+        if self.reading >= self.limits.queue:
+            raise queue_full(self.reading, self.limits.queue)
+        self.reading += 1
+        try:
+            async with self.deadlines.within():
+                return await asyncio.get_running_loop().run_in_executor(self.readers, work)
+        finally:
+            self.reading -= 1
 
     def drain(self) -> None:
         """The server is about to end: nothing new is taken, and what runs has little time left."""
         if not self.deadlines.draining:
             self.deadlines.drain(self.limits.drain)
 
-    def submit(self, served: Served, requests: Sequence[Wanted]) -> list[Handle]:
+    async def submit(self, served: Served, requests: Sequence[Wanted]) -> list[Handle]:
         """Into the engine's queue. Raises a 429 where it is full, a 503 where the server is about to end."""
         if self.deadlines.draining:
             raise shutting_down()
@@ -83,18 +102,19 @@ class Server:
             raise ApiError(503, f"the engine of {served.name} has ended; the server is to be restarted", code="ended")
         waiting = served.engine.stats().waiting
         if waiting >= self.limits.queue:
-            raise ApiError(
-                429, f"{waiting} requests wait already; {self.limits.queue} may", code="queue_full",
-                headers={"Retry-After": "5"},
-            )  # fmt: skip
+            raise queue_full(waiting, self.limits.queue)
         handles: list[Handle] = []
         try:
             for request in requests:
                 handles.append(served.engine.submit(request))
-        except ValueError as error:
+                if len(handles) % 16 == 0:
+                    await asyncio.sleep(0)  # others have their turn
+        except BaseException as error:
             for handle in handles:
                 handle.cancel()
-            raise bad(str(error)) from None
+            if isinstance(error, ValueError):
+                raise bad(str(error)) from None
+            raise
         return handles
 
     async def events(self, served: Served, handles: list[Handle]) -> AsyncIterator[tuple[int, Event]]:
@@ -130,8 +150,11 @@ class Server:
             raise bad("best_of cannot be streamed", "best_of")
         if (answers := len(batch) * max(body.n or 1, body.best_of or 1)) > MOST_ANSWERS:
             raise bad(f"prompts times answers are {answers}; {MOST_ANSWERS} at most", "n")
-        wanted = [served.completion(body, served.prompt(prompt)) for prompt in batch]
-        handles = self.submit(served, wanted)
+        wanted = await self.read(
+            request, lambda: [served.completion(body, served.prompt(prompt)) for prompt in batch],
+            always=body.response_format is not None,
+        )  # fmt: skip
+        handles = await self.submit(served, wanted)
         shared, n = head("text_completion", served, "cmpl"), body.n or 1
         choices = [
             TextChoice(served, body if isinstance(given, str) else _one(body, batch[k]), k * n + i, handles[k])
@@ -165,8 +188,11 @@ class Server:
         if body.stream and (body.best_of or 1) > (body.n or 1):
             raise bad("best_of cannot be streamed", "best_of")
         tools = body.tools if body.tool_choice != "none" else None
-        prompt = served.chat_prompt(body.messages, tools, body.chat_template_kwargs)
-        handles = self.submit(served, [served.chat(body, prompt)])
+        wanted = await self.read(
+            request, lambda: served.chat(body, served.chat_prompt(body.messages, tools, body.chat_template_kwargs)),
+            always=body.response_format is not None or tools is not None,
+        )  # fmt: skip
+        handles = await self.submit(served, [wanted])
         choices = [ChatChoice.of(served, body, i) for i in range(body.n or 1)]
         if body.stream:
             shared = head("chat.completion.chunk", served, "chatcmpl")
@@ -202,8 +228,14 @@ class Server:
         if len(given) > MOST_ANSWERS:
             raise bad(f"{len(given)} texts; {MOST_ANSWERS} at most", "input")
         texts = [text for text in given if isinstance(text, str)]
+
+        def embed() -> tuple[np.ndarray, int]:
+            vectors = served.encoder.embed(texts, cut=False).float().numpy()
+            return vectors, sum(map(len, served.encoder.encode(texts)))
+
         try:
-            vectors = (await asyncio.to_thread(served.encoder.embed, texts, cut=False)).float().numpy()
+            async with self.deadlines.within():
+                vectors, read = await asyncio.to_thread(embed)
         except ValueError as error:
             raise bad(str(error), "input") from None
         if body.dimensions is not None:
@@ -220,28 +252,26 @@ class Server:
             }
             for i, vector in enumerate(np.ascontiguousarray(vectors, dtype=np.float32))
         ]
-        read = sum(map(len, served.encoder.encode(texts)))
         spent = {"prompt_tokens": read, "total_tokens": read}
         return JSONResponse({"object": "list", "data": data, "model": served.name, "usage": spent})
 
-    def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(self, body: TokenizeRequest, request: Request) -> Response:
         served = decoder(self.models, body.model)
         if (body.prompt is None) == (body.messages is None):
             raise bad("give either a prompt or messages", "prompt")
-        if body.messages is not None:
-            ids = served.chat_prompt(body.messages)
-        else:
-            try:
-                ids = served.tokenizer.encode(body.prompt or "", special=body.add_special_tokens)
-            except ValueError as error:
-                raise bad(str(error), "prompt") from None
-        return {"tokens": ids, "count": len(ids), "max_model_len": served.engine.longest}
 
-    def detokenize(self, body: DetokenizeRequest) -> dict[str, Any]:
+        def encode() -> Response:
+            if body.messages is not None:
+                ids = served.chat_prompt(body.messages)
+            else:
+                ids = served.tokens(body.prompt or "", body.add_special_tokens)
+            return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": served.engine.longest})
+
+        return await self.read(request, encode)
+
+    async def detokenize(self, body: DetokenizeRequest, request: Request) -> Response:
         served = decoder(self.models, body.model)
-        if wrong := [token for token in body.tokens if served.tokenizer.id_to_token(token) is None]:
-            raise bad(f"the token id {wrong[0]} is not in the vocabulary", "tokens")
-        return {"prompt": served.tokenizer.decode(body.tokens, skip_special=False)}
+        return await self.read(request, lambda: JSONResponse({"prompt": served.text(body.tokens)}))
 
     def listing(self) -> dict[str, Any]:
         data = []
@@ -275,7 +305,7 @@ def create_app(models: Sequence[Served | ServedEncoder], limits: Limits = Limits
         engines = [served.engine for served in models if isinstance(served, Served)]
         for engine in engines:
             engine.start()
-        server.deadlines = Deadlines(limits.timeout)
+        server.deadlines, server.readers = Deadlines(limits.timeout), ThreadPoolExecutor(READERS, "reader")
         trimming = asyncio.create_task(keep_trim())
         gc.collect()
         gc.freeze()  # models and modules stay; looking through them again would stop all answers for a while
@@ -283,6 +313,7 @@ def create_app(models: Sequence[Served | ServedEncoder], limits: Limits = Limits
         gc.unfreeze()
         trimming.cancel()
         server.drain()
+        server.readers.shutdown(wait=False, cancel_futures=True)
         for engine in engines:
             await asyncio.to_thread(engine.stop)
 
@@ -307,29 +338,29 @@ def create_app(models: Sequence[Served | ServedEncoder], limits: Limits = Limits
         return await server.embeddings(body)
 
     @app.get("/v1/models", responses=RESPONSES)
-    def listing() -> dict[str, Any]:
+    async def listing() -> dict[str, Any]:
         """The models that are served."""
         return server.listing()
 
     @app.get("/v1/models/{name:path}", responses=RESPONSES)
-    def one_model(name: str) -> dict[str, Any]:
+    async def one_model(name: str) -> dict[str, Any]:
         """One of them."""
         find(server.models, name)
         found: dict[str, Any] = next(entry for entry in server.listing()["data"] if entry["id"] == name)
         return found
 
     @app.post("/tokenize", responses=RESPONSES)
-    def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         """Ids of a text, or of a conversation."""
-        return server.tokenize(body)
+        return await server.tokenize(body, request)
 
     @app.post("/detokenize", responses=RESPONSES)
-    def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+    async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
         """The text of ids."""
-        return server.detokenize(body)
+        return await server.detokenize(body, request)
 
     @app.get("/health", responses=RESPONSES)
-    def health() -> dict[str, str]:
+    async def health() -> dict[str, str]:
         """Whether requests are taken."""
         if server.deadlines.draining:
             raise shutting_down()
@@ -338,12 +369,12 @@ def create_app(models: Sequence[Served | ServedEncoder], limits: Limits = Limits
         return {"status": "ok"}
 
     @app.get("/metrics", response_class=Response)
-    def metrics() -> Response:
+    async def metrics() -> Response:
         """Figures in Prometheus' text format."""
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/stats")
-    def stats() -> dict[str, Any]:
+    async def stats() -> dict[str, Any]:
         """The engines' figures as JSON."""
         return server.stats()
 
@@ -351,7 +382,7 @@ def create_app(models: Sequence[Served | ServedEncoder], limits: Limits = Limits
         app.mount("/page", StaticFiles(directory=PAGE), name="page")
 
         @app.get("/", include_in_schema=False)
-        def page() -> FileResponse:
+        async def page() -> FileResponse:
             return FileResponse(PAGE / "index.html")
 
     _handle_errors(app, server)

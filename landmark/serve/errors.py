@@ -37,6 +37,11 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> ApiE
     return ApiError(400, " ".join(message.split()), param=param, code=code)
 
 
+def queue_full(waiting: int, most: int) -> ApiError:
+    message = f"{waiting} requests wait already; {most} may"
+    return ApiError(429, message, code="queue_full", headers={"Retry-After": "5"})
+
+
 def explain(error: RequestValidationError) -> ApiError:
     """What is wrong with the first field that is, in one line that names it as it was sent. Where a field may have
     several forms, the mistake is the one that was found furthest inside."""

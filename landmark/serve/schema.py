@@ -2,7 +2,7 @@
 
 Fields that change nothing here are taken and ignored; any other field that is not known is an error. Null is the same
 as to leave a field out. Lists end at their first mistake, and have bounds: to describe megabytes of mistakes, or to
-read a million messages, would hold everybody up.
+make objects of a million messages, would hold everybody up.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydantic import (
     StrictStr,
     Tag,
 )
-from pydantic_core import PydanticUseDefault
+from pydantic_core import PydanticCustomError, PydanticUseDefault
 
 
 def _use_default(value: Any) -> Any:
@@ -30,8 +30,30 @@ def _use_default(value: Any) -> Any:
 
 
 OrNull = BeforeValidator(_use_default)  # null means the default, which is another value
-MOST_MESSAGES = 1 << 14
+MOST_MESSAGES = 1 << 14  # and their parts
 MOST_TOOLS = 1 << 10
+MOST_TOKENS = 1 << 20  # of a request, as ids or as bytes of a text that is only to be tokenised
+
+
+def _few_messages(messages: Any) -> Any:
+    if isinstance(messages, list):
+        fields = [m.get(name) for m in messages if isinstance(m, dict) for name in ("content", "tool_calls")]
+        _check(len(messages) + sum(len(x) for x in fields if isinstance(x, list)), MOST_MESSAGES, "messages and parts")
+    return messages
+
+
+def _few_tokens(ids: Any) -> Any:
+    if isinstance(ids, list):
+        many = bool(ids) and isinstance(ids[0], list)
+        _check(sum(len(x) for x in ids if isinstance(x, list)) if many else len(ids), MOST_TOKENS, "token ids")
+    return ids
+
+
+def _check(count: int, most: int, what: str) -> None:
+    if count > most:
+        raise PydanticCustomError("too_many", "{count} {what}; {most} at most", dict(count=count, what=what, most=most))
+
+
 Number = Annotated[float, Field(allow_inf_nan=False)]
 LARGEST = 2**31 - 1
 TokenId = Annotated[StrictInt, Field(ge=0, le=LARGEST)]
@@ -54,6 +76,7 @@ Prompt = Annotated[
     | Annotated[TokenIds, Tag("ids")]
     | Annotated[list[TokenIds], Field(fail_fast=True), Tag("batch")],
     Discriminator(_form),
+    BeforeValidator(_few_tokens),
 ]
 
 
@@ -155,9 +178,9 @@ Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: StrictStr | Annotated[list[Part], Field(max_length=MOST_MESSAGES, fail_fast=True)] | None = None
+    content: StrictStr | Annotated[list[Part], Field(fail_fast=True)] | None = None
     name: StrictStr | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: StrictStr | None = None
     refusal: StrictStr | None = None
     reasoning_content: StrictStr | None = None
@@ -169,7 +192,7 @@ class Message(Body):
     parsed: Any = None
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True), BeforeValidator(_few_messages)]
 
 
 class Function(Body):
@@ -235,4 +258,4 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     model: StrictStr | None = None
-    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True), BeforeValidator(_few_tokens)]

@@ -17,7 +17,17 @@ from ..infer.sentences import SentenceEncoder
 from ..models.decoder import Decoder
 from ..weights.tokenizer import Tokenizer
 from .errors import ApiError, bad
-from .schema import ChatRequest, CompletionRequest, Generation, Message, RefusalPart, ResponseFormat, TextPart, Tool
+from .schema import (
+    MOST_TOKENS,
+    ChatRequest,
+    CompletionRequest,
+    Generation,
+    Message,
+    RefusalPart,
+    ResponseFormat,
+    TextPart,
+    Tool,
+)
 from .tools import Dialect, dialect, grammar
 
 
@@ -238,7 +248,22 @@ class Served:
             adapter=self.name if self.base else None,
         )  # fmt: skip
 
-    # -- tokens as text --------------------------------------------------------------------------------------------
+    # -- tokens and text --------------------------------------------------------------------------------------------
+
+    def tokens(self, text: str, special: bool) -> list[int]:
+        """Ids of a text that nothing continues."""
+        if (size := len(text.encode(errors="surrogatepass"))) > MOST_TOKENS:
+            message = f"a text of {size:,} bytes; {MOST_TOKENS:,} at most, so send it in parts"
+            raise ApiError(413, message, param="prompt", code="text_too_large")
+        try:
+            return self.tokenizer.encode(text, special)
+        except ValueError as error:
+            raise bad(str(error), "prompt") from None
+
+    def text(self, tokens: Sequence[int]) -> str:
+        if wrong := [token for token in set(tokens) if self.tokenizer.id_to_token(token) is None]:
+            raise bad(f"the token id {wrong[0]} is not in the vocabulary", "tokens")
+        return self.tokenizer.decode(tokens, skip_special=False)
 
     def token_text(self, token: int) -> str:
         """A token by itself; one that is no whole text as "bytes:\\xNN...", so that different tokens look different."""

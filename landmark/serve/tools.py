@@ -59,8 +59,8 @@ class Call:
 
 @dataclass
 class ToolReader:
-    """Feed it text, then `finish`. Text that only looked like a call comes back as content; but what is unfinished after
-    a call, or where nothing but calls is allowed (`forced`), is another one that was cut off, and none."""
+    """Feed it text, then `finish`. Text that only looked like a call comes back as content. But what is unfinished at
+    the end after a call, or where nothing but calls is allowed (`forced`), is another one that was cut off."""
 
     dialect: Dialect
     names: Sequence[str]

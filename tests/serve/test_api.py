@@ -221,7 +221,7 @@ def test_forced_calls_that_are_cut_off(tiny: Live) -> None:
     asked: Any = dict(model="tiny", messages=HELLO, tools=TOOLS, tool_choice="required", seed=1)
     asked["logit_bias"] = {str(model_and_tokenizer()[1].eos_id): -100}  # another call, as long as there is room
     made = set()
-    for room in range(1, 110, 6):
+    for room in range(1, 110, 9):
         whole = client(tiny).chat.completions.create(**asked, max_tokens=room).choices[0]
         calls, content = list[list[str]](), ""
         for chunk in client(tiny).chat.completions.create(**asked, max_tokens=room, stream=True):

@@ -97,7 +97,12 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"logit_bias": {"5": "x"}}, "logit_bias", "from -100 to 100"),
     ({"logit_bias": {"0" * 5000: 1}}, "logit_bias", "no token id"),
     ({"functions": [{"name": "f"}]}, "functions", "is not supported"),
-    ({"messages": HELLO * 20_000}, "messages", "at most 16384"),
+    ({"messages": HELLO * 20_000}, "messages", "20000 messages and parts; 16384 at most"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 200}] * 100},
+        "messages",
+        "16384 at most",
+    ),
     ({"messages": HELLO * 600}, "messages", "takes 512 at most"),
     ({"prompt": 5}, "prompt", "a valid string"),
     ({"prompt": []}, "prompt", "at least 1 item"),
@@ -107,6 +112,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": [[1], [2, 2.5]]}, "prompt.1.1", "a valid integer"),
     ({"prompt": [[1], []]}, "prompt.1", "at least 1 item"),
     ({"prompt": ["a"] * 2049}, "prompt", "2048 at most"),
+    ({"prompt": [1] * (1 << 21)}, "prompt", "2097152 token ids; 1048576 at most"),
+    ({"prompt": [[1] * (1 << 18)] * 5}, "prompt", "1048576 at most"),
     ({"input": [[1], "a"]}, "input.1", "a list"),
     ({"input": ["a"] * 2049}, "input", "2048 at most"),
 ]
