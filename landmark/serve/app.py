@@ -32,7 +32,7 @@ from ..infer.engine import Request as Wanted
 from ..infer.engine.engine import GUIDE_FAILED
 from .answers import ChatChoice, TextChoice, gather, head, include_usage, merge_pieces, usage
 from .deadlines import Deadlines, shutting_down
-from .errors import ApiError, bad, explain, queue_full
+from .errors import ApiError, Guard, bad, explain, failed, queue_full
 from .limits import Gate, Limits
 from .metrics import Counted, Metrics
 from .schema import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
@@ -320,6 +320,7 @@ def create_app(models: Sequence[Served | ServedEncoder], limits: Limits = Limits
     app = FastAPI(title="Landmark", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = server
     app.add_middleware(Gate, limits=limits)
+    app.add_middleware(Guard)
     app.add_middleware(Counted, metrics=server.metrics)
 
     @app.post("/v1/chat/completions", responses=RESPONSES)
@@ -414,10 +415,6 @@ def _handle_errors(app: FastAPI, server: Server) -> None:
             message = "the body is not JSON in UTF-8"
         return answer(request, ApiError(error.status_code, message, headers=dict(error.headers or {})))
 
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> JSONResponse:
-        return answer(request, ApiError(500, f"the server failed: {type(error).__name__}", code="internal_error"))
-
 
 def _one(body: CompletionRequest, prompt: Any) -> CompletionRequest:
     """The request as if it had only this one of its prompts."""
@@ -433,8 +430,9 @@ def _stream(pieces: AsyncGenerator[dict[str, Any]], handles: Sequence[Handle]) -
         try:
             async for piece in pieces:
                 yield b"data: " + json.dumps(piece, ensure_ascii=False).encode("utf-8", "replace") + b"\n\n"
-        except ApiError as error:
-            yield b"event: error\ndata: " + json.dumps(error.body()).encode() + b"\n\n"
+        except Exception as error:
+            told = error if isinstance(error, ApiError) else failed(error)
+            yield b"event: error\ndata: " + json.dumps(told.body()).encode() + b"\n\n"
             return
         finally:
             await pieces.aclose()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 
 from ..config import nearest
 from .schema import ChatRequest, CompletionRequest, EmbeddingRequest
@@ -35,6 +37,35 @@ class ApiError(Exception):
 def bad(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """A request that cannot be served as it is."""
     return ApiError(400, " ".join(message.split()), param=param, code=code)
+
+
+def failed(error: Exception) -> ApiError:
+    """What the client is told of a mistake of ours; the log is told all of it."""
+    traceback.print_exception(error)
+    return ApiError(500, f"the server failed: {type(error).__name__}", code="internal_error")
+
+
+class Guard:
+    """An ASGI application around another one, whose failures become answers, after which the connection can be used."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        begun = False
+
+        async def told(message: Any) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, told)
+        except Exception as error:
+            if begun or scope["type"] != "http":
+                raise
+            wrong = failed(error)
+            await JSONResponse(wrong.body(), wrong.status)(scope, receive, send)
 
 
 def queue_full(waiting: int, most: int) -> ApiError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import http.client
 import json
 import socket
 import threading
@@ -18,7 +19,8 @@ import pytest
 from openai import OpenAI
 
 from landmark.infer.engine import Engine
-from landmark.serve.limits import Limits
+from landmark.serve.limits import Gate, Limits
+from landmark.serve.served import Served
 
 from .conftest import Live, live, served
 
@@ -144,6 +146,48 @@ def test_a_crash_of_the_engine_is_an_error_and_the_next_request_is_served() -> N
             assert httpx.post(running.url + "/v1/completions", json=ASK).status_code == 200
         finally:
             del model.hidden
+
+
+FAILED = {"message": "the server failed: RuntimeError", "type": "api_error", "param": None, "code": "internal_error"}
+
+
+@pytest.mark.parametrize("where", ["the prompt", "the gate"])
+def test_after_a_failure_the_connection_goes_on(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def breaks(*_: Any) -> Any:
+        monkeypatch.undo()
+        raise RuntimeError("out of luck")
+
+    with live([served()]) as running:
+        host, port = running.url.removeprefix("http://").split(":")
+        connection = http.client.HTTPConnection(host, int(port), timeout=20)
+        connection.connect()
+        mine = connection.sock.getsockname()
+        monkeypatch.setattr(*((Served, "prompt") if where == "the prompt" else (Gate, "_check_rate")), breaks)
+        for status in (500, 200):
+            asked = json.dumps({**ASK, "max_tokens": 1})
+            connection.request("POST", "/v1/completions", asked, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            body = json.load(answer)
+            assert answer.status == status and (status == 200 or body == {"error": FAILED})
+            assert connection.sock is not None and connection.sock.getsockname() == mine
+        assert 'status="500"} 1.0' in httpx.get(running.url + "/metrics").text
+
+
+def test_a_failure_within_a_stream_is_told_and_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(*_: Any) -> Any:
+        if not names:
+            monkeypatch.undo()
+            raise RuntimeError("out of luck")
+        return names.pop()
+
+    names = ["a", "b", "c"]
+    monkeypatch.setattr(Served, "token_text", breaks)
+    with live([served()]) as running:
+        answer = httpx.post(running.url + "/v1/completions", json={**ASK, "stream": True, "logprobs": 0})
+        *said, last = answer.text.strip().split("\n\n")
+        assert answer.status_code == 200 and len(said) > 1
+        assert last == "event: error\ndata: " + json.dumps({"error": FAILED})
+        until(lambda: running.engine.stats().running == 0)
 
 
 def test_an_engine_that_has_ended_is_told_and_seen() -> None:
