@@ -23,7 +23,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
-from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
 from .. import malloc
@@ -169,7 +168,7 @@ class Server:
                 if include_usage(body):
                     yield {**shared, "choices": [], "usage": usage(handles, _said(choices))}
 
-            return _stream(pieces(), handles)
+            return Stream(pieces(), handles)
         parts: list[list[dict[str, Any]]] = [[] for _ in choices]
 
         async def collect() -> None:
@@ -205,7 +204,7 @@ class Server:
                 if include_usage(body):
                     yield {**shared, "choices": [], "usage": usage(handles, _said(choices))}
 
-            return _stream(pieces(), handles)
+            return Stream(pieces(), handles)
 
         async def collect() -> None:
             async for _, event in self.events(served, handles):
@@ -425,26 +424,34 @@ def _said(choices: Sequence[TextChoice | ChatChoice]) -> int:
     return sum(len(choice.tokens) for choice in choices)
 
 
-def _stream(pieces: AsyncGenerator[dict[str, Any]], handles: Sequence[Handle]) -> StreamingResponse:
-    async def lines() -> AsyncIterator[bytes]:
+class Stream(StreamingResponse):
+    """Pieces of an answer as events. However it ends, the requests that still run are cancelled; the generators are
+    closed here, for who is cancelled while it sends leaves them to the event loop."""
+
+    def __init__(self, pieces: AsyncGenerator[dict[str, Any]], handles: Sequence[Handle]) -> None:
+        self.pieces, self.handles = pieces, handles
+        self.lines = self._lines()
+        super().__init__(self.lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    async def _lines(self) -> AsyncGenerator[bytes]:
         try:
-            async for piece in pieces:
+            async for piece in self.pieces:
                 yield b"data: " + json.dumps(piece, ensure_ascii=False).encode("utf-8", "replace") + b"\n\n"
         except Exception as error:
             told = error if isinstance(error, ApiError) else failed(error)
             yield b"event: error\ndata: " + json.dumps(told.body()).encode() + b"\n\n"
             return
-        finally:
-            await pieces.aclose()
         yield b"data: [DONE]\n\n"
 
-    async def end() -> None:  # where the client has left before the first piece, nothing else does
-        for handle in handles:
-            if not handle.done:
-                handle.cancel()
-
-    headers = {"Cache-Control": "no-cache"}
-    return StreamingResponse(lines(), media_type="text/event-stream", headers=headers, background=BackgroundTask(end))
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.lines.aclose()
+            await self.pieces.aclose()
+            for handle in self.handles:
+                if not handle.done:
+                    handle.cancel()
 
 
 async def _unless_gone(request: Request, work: Awaitable[T]) -> T:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from types import TracebackType
 
 from .errors import ApiError
 
@@ -14,38 +13,48 @@ class Deadlines:
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self._end: float | None = None  # the event loop's time by which the server ends
-        self._running: set[asyncio.Timeout] = set()
+        self.end: float | None = None  # the event loop's time by which the server ends
+        self.running: set[asyncio.Timeout] = set()
 
     @property
     def draining(self) -> bool:
-        return self._end is not None
+        return self.end is not None
 
-    @asynccontextmanager
-    async def within(self) -> AsyncIterator[None]:
+    def within(self) -> Deadline:
         """The work inside ends in time: as an ApiError, 504 where it was too slow, 503 where the server ends."""
-        began = asyncio.get_running_loop().time()
-        try:
-            async with asyncio.timeout_at(self._by(began + self.seconds)) as limit:
-                self._running.add(limit)
-                try:
-                    yield
-                finally:
-                    self._running.discard(limit)
-        except TimeoutError:
-            if self._by(began + self.seconds) == self._end:
-                raise shutting_down() from None
-            raise ApiError(504, f"no answer within {self.seconds:g} s", code="timeout") from None
+        return Deadline(self)
 
     def drain(self, seconds: float) -> None:
         """From now on there are so many seconds for what runs."""
-        self._end = asyncio.get_running_loop().time() + seconds
-        for limit in self._running:
-            if not limit.expired():
-                limit.reschedule(self._by(limit.when()))
+        self.end = asyncio.get_running_loop().time() + seconds
+        for limit in self.running:
+            when = limit.when()
+            if when is not None and when > self.end and not limit.expired():
+                limit.reschedule(self.end)
 
-    def _by(self, time: float | None) -> float:
-        return min(end for end in (time, self._end) if end is not None)
+
+class Deadline:
+    """One request's. No generator: it may be inside one, and the event loop closes those in any order."""
+
+    def __init__(self, common: Deadlines) -> None:
+        self._common = common
+
+    async def __aenter__(self) -> None:
+        own = asyncio.get_running_loop().time() + self._common.seconds
+        self._limit = asyncio.timeout_at(own if self._common.end is None else min(own, self._common.end))
+        self._common.running.add(self._limit)
+        await self._limit.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._common.running.discard(self._limit)
+        try:
+            await self._limit.__aexit__(kind, error, trace)
+        except TimeoutError:
+            if self._limit.when() == self._common.end:
+                raise shutting_down() from None
+            raise ApiError(504, f"no answer within {self._common.seconds:g} s", code="timeout") from None
 
 
 def shutting_down() -> ApiError:

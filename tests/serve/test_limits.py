@@ -268,6 +268,22 @@ def test_what_is_not_finished_by_the_end_is_told_so() -> None:
         until(lambda: running.engine.stats().cancelled == 2)
 
 
+def test_who_reads_nothing_is_cut_off(capfd: pytest.CaptureFixture[str]) -> None:
+    """Its place is free after the request's time, and nothing is left for the event loop to close."""
+    with live([served()], Limits(timeout=2)) as running, socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = running.url.removeprefix("http://").split(":")
+        deaf.connect((host, int(port)))
+        asked = json.dumps({**ASK, "max_tokens": 400, "stream": True, "logprobs": 20, "n": 16}).encode()
+        header = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(asked)}\r\n\r\n".encode()
+        deaf.sendall(b"POST /v1/completions HTTP/1.1\r\n" + header + asked)
+        until(lambda: bool(running.server.server_state.tasks))
+        until(lambda: not running.server.server_state.tasks, 20)
+        assert running.engine.stats().running == 0
+    told = capfd.readouterr().err
+    assert "without completing response" in told and "Traceback" not in told, told
+
+
 def test_the_client_sees_what_ends_a_stream() -> None:
     with live([served()], Limits(timeout=0.3)) as running, slow(running.engine, 0.02):
         pieces = OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0).completions.create(
