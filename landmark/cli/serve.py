@@ -49,6 +49,13 @@ def serve(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    reasoning: Annotated[
+        Literal["auto", "none"],
+        typer.Option(
+            help="auto: where the model has such marks, <think>...</think> before an answer goes to reasoning_content; "
+            "none: it stays where it is."
+        ),
+    ] = "auto",
     adapter: Annotated[
         list[str] | None,
         typer.Option(help="A LoRA directory (PEFT), or NAME=DIRECTORY: one more model; several are allowed."),
@@ -78,7 +85,7 @@ def serve(
     for spec in models:
         with console.status(f"loading {spec}"):
             one = open_served(
-                spec, dtype, quantise, device, int(memory * 2**30), max_batch, chunk, draft, adapter or ()
+                spec, dtype, quantise, device, int(memory * 2**30), max_batch, chunk, draft, adapter or (), reasoning
             )
             served += [one] if isinstance(one, ServedEncoder) else [one, *one.adapted()]
     if not all(isinstance(one, ServedEncoder) for one in served):
@@ -108,6 +115,7 @@ def open_served(
     chunk: int,
     draft: str | None = None,
     adapters: Sequence[str] = (),
+    reasoning: Literal["auto", "none"] = "auto",
 ) -> Served | ServedEncoder:
     """A model with its engine and adapters, or an encoder of sentences."""
     import landmark
@@ -140,7 +148,7 @@ def open_served(
     engine = Engine(
         model, tokenizer, memory=memory, max_batch=max_batch, chunk=chunk, drafter=drafter, adapters=attached
     )
-    return Served(name, engine, tokenizer)
+    return Served(name, engine, tokenizer, reasoning=reasoning)
 
 
 def warm(model: Decoder) -> None:

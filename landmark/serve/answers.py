@@ -12,19 +12,23 @@ from typing import Any
 
 from ..infer.engine import Event, Handle
 from ..weights.tokenizer import StreamDecoder, Tokenizer
+from .reasoning import BEGIN, END, ReasoningReader
 from .schema import ChatRequest, CompletionRequest, Generation
 from .served import Served
 from .tools import Delta, ToolReader
 
 
-def usage(handles: list[Handle], said: int) -> dict[str, Any]:
+def usage(handles: list[Handle], choices: Sequence[TextChoice | ChatChoice]) -> dict[str, Any]:
     """Tokens that were read and said; those of a prompt count once, however many answers it has."""
+    said = sum(len(choice.tokens) for choice in choices)
+    thoughts = [choice.thought_tokens for choice in choices if isinstance(choice, ChatChoice) and choice.thinker]
     read = sum(len(handle.request.prompt) for handle in handles)
     cached = sum(handle.cached for handle in handles)
-    return {
-        "prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }  # fmt: skip
+    found: dict[str, Any] = {"prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said}
+    found["prompt_tokens_details"] = {"cached_tokens": cached}
+    if thoughts:
+        found["completion_tokens_details"] = {"reasoning_tokens": sum(thoughts)}
+    return found
 
 
 def head(kind: str, served: Served, prefix: str) -> dict[str, Any]:
@@ -136,24 +140,31 @@ def merge_pieces(pieces: list[dict[str, Any]]) -> dict[str, Any]:
 
 @dataclass
 class ChatChoice:
-    """One answer in a conversation, as it grows: content, tool calls, log-probabilities."""
+    """One answer in a conversation, as it grows: what is thought, content, tool calls, log-probabilities."""
 
     served: Served
     body: ChatRequest
     index: int
+    thinker: ReasoningReader | None
     reader: ToolReader | None
+    marks: dict[int, str]  # special tokens that the two look for
     tokens: list[int] = field(default_factory=list)
     scored: list[dict[str, Any]] = field(default_factory=list)
+    thought: str = ""
+    thought_tokens: int = 0
     content: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
     finish: str | None = None
 
     @classmethod
-    def of(cls, served: Served, body: ChatRequest, index: int) -> ChatChoice:
+    def of(cls, served: Served, body: ChatRequest, prompt: Sequence[int], index: int) -> ChatChoice:
         tools = body.tools if body.tool_choice != "none" else None
         names = [tool.function.name for tool in tools or ()]
         forced = body.tool_choice not in (None, "auto")
-        return cls(served, body, index, ToolReader(served.dialect, names, forced) if names else None)
+        reader = ToolReader(served.dialect, names, forced) if names else None
+        thinker = served.reader(body, prompt)
+        marks = [*((BEGIN, END) if thinker else ()), *([served.dialect.begin] if reader else ())]
+        return cls(served, body, index, thinker, reader, served.special(marks))
 
     def feed(self, event: Event) -> list[dict[str, Any]]:
         """Pieces of a stream: choices with a delta each."""
@@ -174,14 +185,26 @@ class ChatChoice:
         return pieces
 
     def _deltas(self, event: Event) -> list[dict[str, Any]]:
+        mark, deltas = self.marks.get(event.token, ""), list[dict[str, Any]]()
+        if mark in (BEGIN, END) and self.thinker is not None and self.thinker.part == "answer":
+            mark = ""  # a special token as any other
+        text = mark + event.text
+        if self.thinker is not None:
+            thought, text = self.thinker.feed(text)
+            self.thought_tokens += self.thinker.part == "thought"
+            if event.finish is not None:
+                last, rest = self.thinker.finish()
+                thought, text = thought + last, text + rest
+            if thought:
+                self.thought += thought
+                deltas.append({"reasoning_content": thought})
         if self.reader is None:
-            self.content += event.text
-            return [{"content": event.text}] if event.text else []
-        mark = self.served.dialect.begin if event.token == self.served.call_id else ""
-        found = self.reader.feed(mark + event.text)
+            self.content += text
+            return [*deltas, {"content": text}] if text else deltas
+        found = self.reader.feed(text)
         if event.finish is not None:
             found += self.reader.finish()
-        return [self._take(delta) for delta in found]
+        return deltas + [self._take(delta) for delta in found]
 
     def _take(self, delta: Delta) -> dict[str, Any]:
         if delta.index is None:
@@ -207,6 +230,8 @@ class ChatChoice:
         message: dict[str, Any] = {"role": "assistant", "content": self.content, "refusal": None}
         if self.calls:
             message |= {"content": self.content or None, "tool_calls": self.calls}
+        if self.thinker is not None:
+            message["reasoning_content"] = self.thought or None
         logprobs = {"content": self.scored, "refusal": None} if self.body.logprobs else None
         finish = self.finish or "length"
         whole = {"index": self.index, "message": message, "logprobs": logprobs, "finish_reason": finish}

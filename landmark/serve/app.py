@@ -166,7 +166,7 @@ class Server:
                 async for number, event in self.events(served, handles):
                     yield {**shared, "choices": [choices[number * n + event.index].feed(event)]}
                 if include_usage(body):
-                    yield {**shared, "choices": [], "usage": usage(handles, _said(choices))}
+                    yield {**shared, "choices": [], "usage": usage(handles, choices)}
 
             return Stream(pieces(), handles)
         parts: list[list[dict[str, Any]]] = [[] for _ in choices]
@@ -176,9 +176,7 @@ class Server:
                 parts[number * n + event.index].append(choices[number * n + event.index].feed(event))
 
         await _unless_gone(request, collect())
-        return JSONResponse(
-            {**shared, "choices": [merge_pieces(p) for p in parts], "usage": usage(handles, _said(choices))}
-        )
+        return JSONResponse({**shared, "choices": [merge_pieces(p) for p in parts], "usage": usage(handles, choices)})
 
     # -- chats -----------------------------------------------------------------------------------------------------
 
@@ -192,7 +190,7 @@ class Server:
             always=body.response_format is not None or tools is not None,
         )  # fmt: skip
         handles = await self.submit(served, [wanted])
-        choices = [ChatChoice.of(served, body, i) for i in range(body.n or 1)]
+        choices = [ChatChoice.of(served, body, wanted.prompt, i) for i in range(body.n or 1)]
         if body.stream:
             shared = head("chat.completion.chunk", served, "chatcmpl")
 
@@ -202,7 +200,7 @@ class Server:
                     for piece in choices[event.index].feed(event):
                         yield {**shared, "choices": [piece]}
                 if include_usage(body):
-                    yield {**shared, "choices": [], "usage": usage(handles, _said(choices))}
+                    yield {**shared, "choices": [], "usage": usage(handles, choices)}
 
             return Stream(pieces(), handles)
 
@@ -213,7 +211,7 @@ class Server:
         await _unless_gone(request, collect())
         shared = head("chat.completion", served, "chatcmpl")
         whole = [choice.whole() for choice in choices]
-        return JSONResponse({**shared, "choices": whole, "usage": usage(handles, _said(choices))})
+        return JSONResponse({**shared, "choices": whole, "usage": usage(handles, choices)})
 
     # -- the rest --------------------------------------------------------------------------------------------------
 
@@ -418,10 +416,6 @@ def _handle_errors(app: FastAPI, server: Server) -> None:
 def _one(body: CompletionRequest, prompt: Any) -> CompletionRequest:
     """The request as if it had only this one of its prompts."""
     return body.model_copy(update={"prompt": prompt})
-
-
-def _said(choices: Sequence[TextChoice | ChatChoice]) -> int:
-    return sum(len(choice.tokens) for choice in choices)
 
 
 class Stream(StreamingResponse):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from ..infer.chat import prompt_ids, turn_ends
 from ..infer.constrain import Forms
@@ -17,6 +17,7 @@ from ..infer.sentences import SentenceEncoder
 from ..models.decoder import Decoder
 from ..weights.tokenizer import Tokenizer
 from .errors import ApiError, bad
+from .reasoning import ReasoningReader, opened, thinks
 from .schema import (
     MOST_TOKENS,
     ChatRequest,
@@ -34,13 +35,15 @@ from .tools import Dialect, dialect, grammar
 @dataclass
 class Served:
     """A decoder with its engine, or, with `base`, the adapter of that one that bears this name. `created` is when it
-    was put up, in Unix seconds."""
+    was put up, in Unix seconds. `reasoning` says whether what is thought before an answer is told apart ("auto": where
+    the model has marks for it)."""
 
     name: str
     engine: Engine
     tokenizer: Tokenizer
     created: int = field(default_factory=lambda: int(time.time()))
     base: Served | None = None
+    reasoning: Literal["auto", "none"] = "auto"
 
     def adapted(self) -> list[Served]:
         """The adapters of the engine's model, each a model of its own."""
@@ -69,10 +72,18 @@ class Served:
         return dialect(self.tokenizer.chat_template)
 
     @cached_property
+    def thinks(self) -> bool:
+        return self.reasoning == "auto" and thinks(self.tokenizer)
+
+    @cached_property
     def call_id(self) -> int | None:
         """The special token that begins a tool call, where it is one."""
-        token = self.tokenizer.token_to_id(self.dialect.begin)
-        return token if token in self.tokenizer.special_ids else None
+        return next(iter(self.special([self.dialect.begin])), None)
+
+    def special(self, names: Sequence[str]) -> dict[int, str]:
+        """Those of these that are special tokens, which are no text, by their ids."""
+        found = {self.tokenizer.token_to_id(name): name for name in names}
+        return {token: name for token, name in found.items() if token in self.tokenizer.special_ids}
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 
@@ -213,6 +224,13 @@ class Served:
             raise bad("response_format and a required tool call exclude each other", "tool_choice")
         top = body.top_logprobs or 0 if body.logprobs else None
         return self.request(body, prompt, self.sampling(body, room, self.turn_ids), top, guide=forced or guide)
+
+    def reader(self, body: ChatRequest, prompt: Sequence[int]) -> ReasoningReader | None:
+        """What tells thought and answer apart. An answer that has to keep to a form has no place for a thought."""
+        formed = body.response_format is not None and body.response_format.type != "text"
+        if not self.thinks or formed or body.tool_choice not in (None, "none", "auto"):
+            return None
+        return ReasoningReader(opened(self.tokenizer, prompt))
 
     def forced_call(self, body: ChatRequest) -> Any:
         """The form of an answer that has to call a function; None where it need not."""
