@@ -158,10 +158,8 @@ class ChatChoice:
 
     @classmethod
     def of(cls, served: Served, body: ChatRequest, prompt: Sequence[int], index: int) -> ChatChoice:
-        tools = body.tools if body.tool_choice != "none" else None
-        names = [tool.function.name for tool in tools or ()]
-        forced = body.tool_choice not in (None, "auto")
-        reader = ToolReader(served.dialect, names, forced) if names else None
+        names = [tool.function.name for tool in body.offered]
+        reader = ToolReader(served.dialect, names, body.must_call) if names else None
         thinker = served.reader(body, prompt)
         marks = [*((BEGIN, END) if thinker else ()), *([served.dialect.begin] if reader else ())]
         return cls(served, body, index, thinker, reader, served.special(marks))
@@ -282,5 +280,6 @@ async def gather(handles: list[Handle]) -> AsyncIterator[tuple[int, Event]]:
             task.cancel()
 
 
-def include_usage(body: Generation) -> bool:
-    return body.stream_options is not None and body.stream_options.include_usage
+def usage_to_come(body: Generation) -> dict[str, Any]:
+    """What each piece of a stream says of the usage where the last one is to tell it."""
+    return {"usage": None} if body.stream_options is not None and body.stream_options.include_usage else {}

@@ -29,7 +29,7 @@ from .. import malloc
 from ..infer.engine import EngineError, Event, Handle
 from ..infer.engine import Request as Wanted
 from ..infer.engine.engine import GUIDE_FAILED
-from .answers import ChatChoice, TextChoice, gather, head, include_usage, merge_pieces, usage
+from .answers import ChatChoice, TextChoice, gather, head, merge_pieces, usage, usage_to_come
 from .deadlines import Deadlines, shutting_down
 from .errors import ApiError, Guard, bad, explain, failed, queue_full
 from .limits import Gate, Limits
@@ -161,11 +161,12 @@ class Server:
             for i in range(n)
         ]
         if body.stream:
+            shared |= usage_to_come(body)
 
             async def pieces() -> AsyncGenerator[dict[str, Any]]:
                 async for number, event in self.events(served, handles):
                     yield {**shared, "choices": [choices[number * n + event.index].feed(event)]}
-                if include_usage(body):
+                if "usage" in shared:
                     yield {**shared, "choices": [], "usage": usage(handles, choices)}
 
             return Stream(pieces(), handles)
@@ -184,22 +185,24 @@ class Server:
         served = decoder(self.models, body.model)
         if body.stream and (body.best_of or 1) > (body.n or 1):
             raise bad("best_of cannot be streamed", "best_of")
-        tools = body.tools if body.tool_choice != "none" else None
-        wanted = await self.read(
-            request, lambda: served.chat(body, served.chat_prompt(body.messages, tools, body.chat_template_kwargs)),
-            always=body.response_format is not None or tools is not None,
-        )  # fmt: skip
+
+        def understand() -> Wanted:
+            prompt = served.chat_prompt(body.messages, body.offered, body.chat_template_kwargs)
+            return served.chat(body, prompt)
+
+        wanted = await self.read(request, understand, always=body.response_format is not None or body.must_call)
         handles = await self.submit(served, [wanted])
         choices = [ChatChoice.of(served, body, wanted.prompt, i) for i in range(body.n or 1)]
         if body.stream:
-            shared = head("chat.completion.chunk", served, "chatcmpl")
+            shared = head("chat.completion.chunk", served, "chatcmpl") | usage_to_come(body)
 
             async def pieces() -> AsyncGenerator[dict[str, Any]]:
-                yield {**shared, "choices": [choice.opening() for choice in choices]}
+                for choice in choices:
+                    yield {**shared, "choices": [choice.opening()]}
                 async for _, event in self.events(served, handles):
                     for piece in choices[event.index].feed(event):
                         yield {**shared, "choices": [piece]}
-                if include_usage(body):
+                if "usage" in shared:
                     yield {**shared, "choices": [], "usage": usage(handles, choices)}
 
             return Stream(pieces(), handles)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+import uuid
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -46,18 +47,20 @@ def failed(error: Exception) -> ApiError:
 
 
 class Guard:
-    """An ASGI application around another one, whose failures become answers, after which the connection can be used."""
+    """An ASGI application around another one, whose failures become answers, after which the connection can be used.
+    Every answer gets an id, by which the official client knows it."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         begun = False
+        identity = (b"x-request-id", f"req_{uuid.uuid4().hex}".encode())
 
         async def told(message: Any) -> None:
             nonlocal begun
             begun = True
-            await send(message)
+            await send(message | {"headers": [*message["headers"], identity]} if "headers" in message else message)
 
         try:
             await self.app(scope, receive, told)
@@ -65,7 +68,7 @@ class Guard:
             if begun or scope["type"] != "http":
                 raise
             wrong = failed(error)
-            await JSONResponse(wrong.body(), wrong.status)(scope, receive, send)
+            await JSONResponse(wrong.body(), wrong.status)(scope, receive, told)
 
 
 def queue_full(waiting: int, most: int) -> ApiError:

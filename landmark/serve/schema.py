@@ -153,6 +153,7 @@ class CompletionRequest(Generation):
 class FunctionCall(Body):
     name: StrictStr
     arguments: Annotated[StrictStr, OrNull] = "{}"
+    parsed_arguments: Annotated[Any, Field(exclude=True)] = None  # the official client's, of an answer that it parsed
 
 
 class ToolCall(Body):
@@ -216,6 +217,18 @@ class NamedTool(Body):
     function: NamedFunction
 
 
+class Allowed(Body):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MOST_TOOLS, fail_fast=True)]
+
+
+class AllowedTools(Body):
+    """Only some of the tools may be called."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: Allowed
+
+
 class ChatRequest(Generation):
     messages: Messages
     max_tokens: Count | None = None
@@ -223,7 +236,9 @@ class ChatRequest(Generation):
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=100)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: (
+        Literal["none", "auto", "required"] | Annotated[NamedTool | AllowedTools, Field(discriminator="type")] | None
+    ) = None
     parallel_tool_calls: StrictBool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: Any = None
@@ -237,6 +252,29 @@ class ChatRequest(Generation):
     functions: None = None
     moderation: None = None
     web_search_options: None = None
+
+    @property
+    def named(self) -> list[str]:
+        """The functions that `tool_choice` names."""
+        match self.tool_choice:
+            case NamedTool(function=function):
+                return [function.name]
+            case AllowedTools(allowed_tools=allowed):
+                return [tool.function.name for tool in allowed.tools]
+        return []
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        tools = [] if self.tool_choice == "none" else self.tools or []
+        chosen = isinstance(self.tool_choice, AllowedTools)
+        return [tool for tool in tools if not chosen or tool.function.name in self.named]
+
+    @property
+    def must_call(self) -> bool:
+        if isinstance(self.tool_choice, AllowedTools):
+            return self.tool_choice.allowed_tools.mode == "required"
+        return self.tool_choice not in (None, "none", "auto")
 
 
 class EmbeddingRequest(Body):

@@ -24,6 +24,7 @@ from .schema import (
     CompletionRequest,
     Generation,
     Message,
+    NamedTool,
     RefusalPart,
     ResponseFormat,
     TextPart,
@@ -110,6 +111,8 @@ class Served:
         if taken := sorted({"self", "messages", "tools"} & set(variables or ())):
             raise bad(f"{taken[0]!r} is set by the request itself", "chat_template_kwargs")
         plain = [as_plain(message) for message in messages]
+        if "developer" not in self.tokenizer.chat_template:  # it would be lost, or an error
+            plain = [{**each, "role": "system"} if each["role"] == "developer" else each for each in plain]
         self.check_text(sum(len(each["content"]) for each in plain), "messages")
         functions = [tool.model_dump(exclude_none=True) for tool in tools] if tools else None
         try:
@@ -156,6 +159,8 @@ class Served:
     def sampling(self, body: Generation, max_tokens: int, ends: tuple[int, ...]) -> Sampling:
         """How to draw, as the request says, or else the model's own files."""
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+        if not all(stop):
+            raise bad("a stop string is empty; leave it out", "stop")
         if len(stop) > 64:
             raise bad(f"{len(stop)} stop strings; 64 at most", "stop")
         own = () if body.ignore_eos else ends
@@ -228,23 +233,22 @@ class Served:
     def reader(self, body: ChatRequest, prompt: Sequence[int]) -> ReasoningReader | None:
         """What tells thought and answer apart. An answer that has to keep to a form has no place for a thought."""
         formed = body.response_format is not None and body.response_format.type != "text"
-        if not self.thinks or formed or body.tool_choice not in (None, "none", "auto"):
+        if not self.thinks or formed or body.must_call:
             return None
         return ReasoningReader(opened(self.tokenizer, prompt))
 
     def forced_call(self, body: ChatRequest) -> Any:
         """The form of an answer that has to call a function; None where it need not."""
-        if body.tool_choice in (None, "none", "auto"):
-            return None
         functions = [tool.function for tool in body.tools or ()]
+        if missing := [name for name in body.named if name not in [function.name for function in functions]]:
+            raise bad(f"tool_choice names {missing[0]!r}, which is not among the tools", "tool_choice")
+        if not body.must_call:
+            return None
         if not functions:
             raise bad("tool_choice asks for a call, but there are no tools", "tool_choice")
-        if not isinstance(body.tool_choice, str):
-            wanted = body.tool_choice.function.name
-            functions = [function for function in functions if function.name == wanted]
-            if not functions:
-                raise bad(f"tool_choice names {wanted!r}, which is not among the tools", "tool_choice")
-        parallel = body.parallel_tool_calls is not False and isinstance(body.tool_choice, str)
+        if body.named:
+            functions = [function for function in functions if function.name in body.named]
+        parallel = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool)
         described = [function.model_dump(exclude_none=True) for function in functions]
         try:
             return self.forms.grammar(grammar(self.dialect, described, parallel, self.call_id))

@@ -216,6 +216,66 @@ def test_tool_calls_streamed_and_whole_are_equal(tiny: Live, choice: Any) -> Non
     assert client(tiny).chat.completions.create(model="tiny", messages=back, max_tokens=3).choices
 
 
+def test_allowed_tools(tiny: Live) -> None:
+    """The model may call some of the tools only, and is told of these."""
+    other = {"type": "function", "function": {"name": "other"}}
+    for mode in ("required", "auto"):
+        names = [{"type": "function", "function": {"name": "other"}}]
+        choice: Any = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": names}}
+        asked: Any = dict(model="tiny", messages=HELLO, tools=[*TOOLS, other], max_tokens=120, seed=3)
+        got = client(tiny).chat.completions.create(**asked, tool_choice=choice)
+        alone = client(tiny).chat.completions.create(
+            **{**asked, "tools": [other]}, tool_choice=mode, parallel_tool_calls=True
+        )
+        assert got.choices[0].message.content == alone.choices[0].message.content and got.usage == alone.usage
+        calls = got.choices[0].message.tool_calls or []
+        assert bool(calls) == (mode == "required") and all(call.function.name == "other" for call in calls)  # type: ignore[union-attr]
+        names.append({"type": "function", "function": {"name": "nobody"}})
+        with pytest.raises(openai.BadRequestError, match="names 'nobody', which is not among the tools"):
+            client(tiny).chat.completions.create(**asked, tool_choice=choice)
+
+
+def test_what_was_parsed_can_be_sent_back(tiny: Live) -> None:
+    asked: Any = dict(model="tiny", tools=[openai.pydantic_function_tool(Person)], tool_choice="required", seed=1)
+    got = client(tiny).chat.completions.parse(**asked, messages=HELLO, max_tokens=150, parallel_tool_calls=False)  # type: ignore[arg-type]
+    message = got.choices[0].message
+    assert message.tool_calls and isinstance(message.tool_calls[0].function.parsed_arguments, Person)
+    back: Any = [*HELLO, message, {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "done"}]
+    assert client(tiny).chat.completions.create(model="tiny", messages=back, max_tokens=2).choices
+    raw = [*HELLO, message.to_dict(), back[-1]]
+    answer = httpx.post(tiny.url + "/v1/chat/completions", json={"model": "tiny", "messages": raw, "max_tokens": 2})
+    assert answer.status_code == 200, answer.text
+
+
+def test_pieces_of_a_stream(tiny: Live) -> None:
+    """Who speaks comes first for each answer; the usage is null until the last piece; every answer has an id."""
+    asked = {"model": "tiny", "messages": HELLO, "n": 2, "max_tokens": 3, "stream": True}
+    for told in (True, False):
+        options = {"stream_options": {"include_usage": told}}
+        answer = httpx.post(tiny.url + "/v1/chat/completions", json={**asked, **options})
+        *lines, done = answer.text.strip().split("\n\n")
+        pieces = [json.loads(line.removeprefix("data: ")) for line in lines]
+        assert done == "data: [DONE]" and [p["choices"][0]["index"] for p in pieces[:2]] == [0, 1]
+        assert all(p["choices"][0]["delta"] == {"role": "assistant", "content": ""} for p in pieces[:2])
+        assert all(("usage" in p) == told for p in pieces)
+        if told:
+            *others, last = pieces
+            assert all(p["usage"] is None for p in others) and last["choices"] == [] and last["usage"]["total_tokens"]
+    with pytest.raises(openai.NotFoundError, match="there is no POST /v1/responses") as caught:
+        client(tiny).responses.create(model="tiny", input="x")
+    assert (caught.value.request_id or "").startswith("req_")
+    got = [client(tiny).chat.completions.create(model="tiny", messages=HELLO, max_tokens=1) for _ in range(2)]  # type: ignore[arg-type]
+    assert len({one._request_id for one in got} - {None}) == 2
+
+
+def test_developers_speak_where_the_template_knows_systems_only(tiny: Live) -> None:
+    ids = [
+        httpx.post(tiny.url + "/tokenize", json={"messages": [{"role": role, "content": "x"}], "model": "tiny"}).json()
+        for role in ("developer", "system")
+    ]
+    assert ids[0] == ids[1] and "tokens" in ids[0]
+
+
 def test_forced_calls_that_are_cut_off(tiny: Live) -> None:
     """Wherever the answer ends, the second call is whole, begun, or not there, and never content."""
     asked: Any = dict(model="tiny", messages=HELLO, tools=TOOLS, tool_choice="required", seed=1)
@@ -293,6 +353,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("top_logprobs", {"top_logprobs": 3}, "needs logprobs"),
     ("best_of", {"best_of": 1, "n": 2}, "fewer than n"),
     ("stop", {"stop": ["x"] * 65}, "64 at most"),
+    ("stop", {"stop": ""}, "is empty"),
     ("stop_token_ids", {"stop_token_ids": [10**7]}, "vocabulary ends"),
     ("messages", {"messages": []}, "messages"),
     ("messages.0.role", {"messages": [{"role": "king", "content": "x"}]}, "messages.0.role"),
