@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from types import FrameType
 
 import uvicorn
@@ -29,6 +30,15 @@ class HttpServer(uvicorn.Server):
                 access_log=False,
             )
         )  # fmt: skip
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Raises KeyboardInterrupt after a Ctrl-C. It counts from when the application is started (asyncio would cancel
+        that half way) until the end (another one would find the interpreter half taken down)."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        super().run(sockets)
+        if signal.SIGINT in self._captured_signals:
+            raise KeyboardInterrupt
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if running := len(self.server_state.tasks):

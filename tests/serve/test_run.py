@@ -52,6 +52,17 @@ def test_ctrl_c_twice_ends_it_at_once(process: Listened) -> None:
     assert "Traceback" not in process.told and "30 s for what runs (1) to finish" in process.told
 
 
+@pytest.mark.parametrize("pause", [0.02, 0.25])
+def test_ctrl_c_twice_where_nothing_runs(long: Path, pause: float) -> None:
+    """The second one comes while the server ends, or the interpreter."""
+    with Process(long) as running:
+        httpx.get(running.url + "/health")
+        running.process.send_signal(signal.SIGINT)
+        time.sleep(pause)
+        running.process.send_signal(signal.SIGINT)
+        assert running.end(5) == 130 and "Traceback" not in running.told, running.told
+
+
 @pytest.mark.parametrize("process", [("--drain-seconds", "0.5")], indirect=True)
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_a_signal_gives_time_to_finish(process: Listened, sent: signal.Signals, status: int) -> None:
