@@ -54,7 +54,9 @@ class Deadline:
         except TimeoutError:
             if self._limit.when() == self._common.end:
                 raise shutting_down() from None
-            raise ApiError(504, f"no answer within {self._common.seconds:g} s", code="timeout") from None
+            late = f"no answer within {self._common.seconds:g} s"
+            again = {"X-Should-Retry": "false"}  # the official client would ask twice more, for no other answer
+            raise ApiError(504, late, code="timeout", headers=again) from None
 
 
 def shutting_down() -> ApiError:

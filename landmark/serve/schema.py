@@ -32,6 +32,7 @@ def _use_default(value: Any) -> Any:
 OrNull = BeforeValidator(_use_default)  # null means the default, which is another value
 MOST_MESSAGES = 1 << 14  # and their parts
 MOST_TOOLS = 1 << 10
+MOST_BIASES = 1 << 18  # of all answers together: each one of a large vocabulary's, once
 MOST_TOKENS = 1 << 20  # of a request, as ids or as bytes of a text that is only to be tokenised
 
 
@@ -124,7 +125,7 @@ class Generation(Body):
     top_k: Annotated[StrictInt, Field(ge=-1, le=LARGEST)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1 << 12, fail_fast=True)] | None = None
     ignore_eos: Flag = False
     best_of: Annotated[StrictInt, Field(ge=1, le=128)] | None = None
     priority: Annotated[StrictInt, Field(ge=-100, le=100), OrNull] = 0

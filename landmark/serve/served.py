@@ -19,6 +19,7 @@ from ..weights.tokenizer import Tokenizer
 from .errors import ApiError, bad
 from .reasoning import ReasoningReader, opened, thinks
 from .schema import (
+    MOST_BIASES,
     MOST_TOKENS,
     ChatRequest,
     CompletionRequest,
@@ -262,6 +263,8 @@ class Served:
         n, vocab = body.n or 1, self.model.cfg.head.vocab
         if body.best_of is not None and body.best_of < n:
             raise bad(f"best_of is {body.best_of}, fewer than n = {n}", "best_of")
+        if (biases := len(sampling.logit_bias) * max(n, body.best_of or 1)) > MOST_BIASES:
+            raise bad(f"answers times biases are {biases:,}; {MOST_BIASES:,} at most", "logit_bias")
         if wrong := [token for token in sampling.stop_ids or () if token >= vocab]:
             raise bad(f"stop_token_ids holds {wrong[0]}, but the vocabulary ends at {vocab - 1}", "stop_token_ids")
         return Request(

@@ -284,6 +284,17 @@ def test_who_reads_nothing_is_cut_off(capfd: pytest.CaptureFixture[str]) -> None
     assert "without completing response" in told and "Traceback" not in told, told
 
 
+def test_what_takes_too_long_is_not_asked_again() -> None:
+    with live([served()], Limits(timeout=0.1)) as running, slow(running.engine, 0.02):
+        client = OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=2)
+        with pytest.raises(openai.InternalServerError, match="no answer within"):
+            client.completions.create(model="tiny", prompt=[5], max_tokens=400, extra_body={"ignore_eos": True})
+        assert (
+            'landmark_requests_total{path="/v1/completions",status="504"} 1.0'
+            in httpx.get(running.url + "/metrics").text
+        )
+
+
 def test_the_client_sees_what_ends_a_stream() -> None:
     with live([served()], Limits(timeout=0.3)) as running, slow(running.engine, 0.02):
         pieces = OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0).completions.create(

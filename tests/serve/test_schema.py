@@ -14,6 +14,7 @@ from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.shared_params import response_format_json_schema
 from pydantic import BaseModel
 
+from landmark.serve import served
 from landmark.serve.schema import Message
 from landmark.serve.served import as_plain
 
@@ -96,6 +97,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"logit_bias": {"5": 101}}, "logit_bias", "from -100 to 100"),
     ({"logit_bias": {"5": "x"}}, "logit_bias", "from -100 to 100"),
     ({"logit_bias": {"0" * 5000: 1}}, "logit_bias", "no token id"),
+    ({"stop_token_ids": [5] * 5000}, "stop_token_ids", "at most 4096 items"),
     ({"functions": [{"name": "f"}]}, "functions", "is not supported"),
     ({"messages": HELLO * 20_000}, "messages", "20000 messages and parts; 16384 at most"),
     (
@@ -145,3 +147,13 @@ def test_what_an_assistant_said(tiny: Live, message: dict[str, Any], content: st
     assert plain["content"] == content and plain.get("reasoning_content") == message.get("reasoning_content")
     answer = httpx.post(f"{tiny.url}/v1/chat/completions", json={**TALK, "messages": [*HELLO, said, *HELLO]})
     assert answer.status_code == 200, answer.text
+
+
+def test_biases_are_counted_for_each_answer(tiny: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answer's settings are checked, and with a seed they are its own."""
+    monkeypatch.setattr(served, "MOST_BIASES", 600)
+    body = {**TALK, "logit_bias": {str(i): 1 for i in range(300)}}
+    for answers, status in (({"n": 2}, 200), ({"n": 3}, 400), ({"n": 1, "best_of": 3}, 400)):
+        answer = httpx.post(f"{tiny.url}/v1/chat/completions", json=body | answers)
+        assert answer.status_code == status, answer.text
+        assert status == 200 or answer.json()["error"]["param"] == "logit_bias"
