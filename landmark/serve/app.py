@@ -76,15 +76,17 @@ class Server:
 
     async def read(self, request: Request, work: Callable[[], T], *, always: bool = False) -> T:
         """Do the work that it takes to understand a request: of a large one (or `always`) in a thread, so that everyone
-        else is served meanwhile."""
-        if len(await request.body()) <= SMALL and not always:
+        else is served meanwhile. The large ones share two, so that the small ones do not wait for them."""
+        large = len(await request.body()) > SMALL
+        if not large and not always:
             return work()
         if self.reading >= self.limits.queue:
             raise queue_full(self.reading, self.limits.queue)
         self.reading += 1
         try:
             async with self.deadlines.within():
-                return await asyncio.get_running_loop().run_in_executor(self.readers, work)
+                loop = asyncio.get_running_loop()
+                return await _unless_gone(request, loop.run_in_executor(self.readers if large else None, work))
         finally:
             self.reading -= 1
 

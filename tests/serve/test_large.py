@@ -12,8 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
-from .conftest import Process
+from landmark.serve.served import Served
+
+from .conftest import Process, live, served
 from .test_api import HELLO
+from .test_limits import until
 
 WORDS = "import os and the with statement "
 CHAT = [{"role": "user", "content": WORDS * 3}] * 16_000
@@ -82,3 +85,34 @@ def ask_beside(url: str, path: str, sent: bytes) -> tuple[list[float], httpx.Res
             waits.append(time.perf_counter() - asked)
             time.sleep(0.005)
     return waits, answers[0]
+
+
+def test_what_nobody_waits_for_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large requests wait for two threads, small ones with a form do not; whose client has left is not begun."""
+    begun, go = [], threading.Event()
+
+    def tokens(*_: Any) -> list[int]:
+        begun.append(threading.current_thread().name)
+        assert go.wait(30)
+        return [5]
+
+    monkeypatch.setattr(Served, "tokens", tokens)
+    with live([served()]) as running:
+        server = running.server.app.state.server
+
+        def leave() -> None:
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(running.url + "/tokenize", json={"model": "tiny", "prompt": "a" * 20_000}, timeout=1)
+
+        threads = [threading.Thread(target=leave) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        until(lambda: server.reading == 6)
+        small = {"model": "tiny", "messages": HELLO, "response_format": {"type": "json_object"}, "max_tokens": 2}
+        assert httpx.post(running.url + "/v1/chat/completions", json=small, timeout=20).status_code == 200
+        for thread in threads:
+            thread.join()
+        until(lambda: server.reading == 0)
+        go.set()
+        assert httpx.post(running.url + "/tokenize", json={"model": "tiny", "prompt": "a" * 20_000}).status_code == 200
+    assert len(begun) == 3 and all(name.startswith("reader") for name in begun)
