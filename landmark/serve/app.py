@@ -8,9 +8,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import gc
-import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -31,11 +30,12 @@ from ..infer.engine import Request as Wanted
 from ..infer.engine.engine import GUIDE_FAILED
 from .answers import ChatChoice, TextChoice, gather, head, merge_pieces, usage, usage_to_come
 from .deadlines import Deadlines, shutting_down
-from .errors import ApiError, Guard, bad, explain, failed, queue_full
+from .errors import ApiError, Guard, bad, explain, queue_full
 from .limits import Gate, Limits
 from .metrics import Counted, Metrics
 from .schema import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from .served import Served, ServedEncoder, decoder, find
+from .stream import Gone, Stream, unless_gone
 
 PAGE = Path(__file__).with_name("page")
 TRIM_EVERY = 20.0  # seconds
@@ -51,12 +51,6 @@ class Error(BaseModel):
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": Error} for status in (400, 401, 404, 408, 413, 429, 500, 503, 504)
 }
-
-
-class Gone(Exception):
-    """The client has left."""
-
-
 MOST_ANSWERS = 2048  # of one call
 SMALL = 1 << 14  # bytes of a request that is read in less time than a thread takes to begin
 READERS = 2  # threads: each one more that computes keeps the event loop waiting for its turn
@@ -86,7 +80,7 @@ class Server:
         try:
             async with self.deadlines.within():
                 loop = asyncio.get_running_loop()
-                return await _unless_gone(request, loop.run_in_executor(self.readers if large else None, work))
+                return await unless_gone(request, loop.run_in_executor(self.readers if large else None, work))
         finally:
             self.reading -= 1
 
@@ -178,7 +172,7 @@ class Server:
             async for number, event in self.events(served, handles):
                 parts[number * n + event.index].append(choices[number * n + event.index].feed(event))
 
-        await _unless_gone(request, collect())
+        await unless_gone(request, collect())
         return JSONResponse({**shared, "choices": [merge_pieces(p) for p in parts], "usage": usage(handles, choices)})
 
     # -- chats -----------------------------------------------------------------------------------------------------
@@ -213,7 +207,7 @@ class Server:
             async for _, event in self.events(served, handles):
                 choices[event.index].feed(event)
 
-        await _unless_gone(request, collect())
+        await unless_gone(request, collect())
         shared = head("chat.completion", served, "chatcmpl")
         whole = [choice.whole() for choice in choices]
         return JSONResponse({**shared, "choices": whole, "usage": usage(handles, choices)})
@@ -421,52 +415,3 @@ def _handle_errors(app: FastAPI, server: Server) -> None:
 def _one(body: CompletionRequest, prompt: Any) -> CompletionRequest:
     """The request as if it had only this one of its prompts."""
     return body.model_copy(update={"prompt": prompt})
-
-
-class Stream(StreamingResponse):
-    """Pieces of an answer as events. However it ends, the requests that still run are cancelled; the generators are
-    closed here, for who is cancelled while it sends leaves them to the event loop."""
-
-    def __init__(self, pieces: AsyncGenerator[dict[str, Any]], handles: Sequence[Handle]) -> None:
-        self.pieces, self.handles = pieces, handles
-        self.lines = self._lines()
-        super().__init__(self.lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-
-    async def _lines(self) -> AsyncGenerator[bytes]:
-        try:
-            async for piece in self.pieces:
-                yield b"data: " + json.dumps(piece, ensure_ascii=False).encode("utf-8", "replace") + b"\n\n"
-        except Exception as error:
-            told = error if isinstance(error, ApiError) else failed(error)
-            yield b"event: error\ndata: " + json.dumps(told.body()).encode() + b"\n\n"
-            return
-        yield b"data: [DONE]\n\n"
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self.lines.aclose()
-            await self.pieces.aclose()
-            for handle in self.handles:
-                if not handle.done:
-                    handle.cancel()
-
-
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """The result, or, where the client leaves first, an end to the work."""
-
-    async def left() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(left())
-    try:
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Gone
-        return task.result()
-    finally:
-        for pending in (task, leaving):
-            pending.cancel()
-        await asyncio.gather(task, leaving, return_exceptions=True)
