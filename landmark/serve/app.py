@@ -146,7 +146,7 @@ class Server:
         if (answers := len(batch) * max(body.n or 1, body.best_of or 1)) > MOST_ANSWERS:
             raise bad(f"prompts times answers are {answers}; {MOST_ANSWERS} at most", "n")
         wanted = await self.read(
-            request, lambda: [served.completion(body, served.prompt(prompt)) for prompt in batch],
+            request, lambda: [served.completion(body, prompt) for prompt in served.prompts(batch)],
             always=body.response_format is not None,
         )  # fmt: skip
         handles = await self.submit(served, wanted)

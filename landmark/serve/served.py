@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from ..infer.chat import prompt_ids, turn_ends
+from ..infer.chat import turn_ends, unended
 from ..infer.constrain import Forms
 from ..infer.defaults import recommended, stop_ids
 from ..infer.engine import Engine, Request, Sampling
@@ -89,18 +89,21 @@ class Served:
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 
-    def prompt(self, text: str | Sequence[int]) -> list[int]:
-        """Ids of a text to be continued, or ids as they were given."""
-        if isinstance(text, str):
+    def prompts(self, batch: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
+        """Ids of texts to be continued, or ids as they were given. Texts are encoded many at once: calls that give the
+        interpreter's lock away for a moment only, one after the other, keep other threads from it."""
+        texts = [text for text in batch if isinstance(text, str)]
+        for text in texts:
             self.check_text(len(text), "prompt")
-            try:
-                ids = prompt_ids(self.tokenizer, text)
-            except ValueError as error:
-                raise bad(str(error), "prompt") from None
-        else:
-            ids = list(text)
-        self.check_length(ids, "prompt")
-        return ids
+        try:
+            parts = [self.tokenizer.encode_batch(texts[n : n + 64], special=True) for n in range(0, len(texts), 64)]
+        except ValueError as error:
+            raise bad(str(error), "prompt") from None
+        found = [unended(self.tokenizer, ids) for part in parts for ids in part]
+        found = found or [list(ids) for ids in batch if not isinstance(ids, str)]
+        for ids in found:
+            self.check_length(ids, "prompt")
+        return found
 
     def chat_prompt(
         self, messages: Sequence[Message], tools: Sequence[Tool] | None = None,

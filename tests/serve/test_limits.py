@@ -162,7 +162,7 @@ def test_after_a_failure_the_connection_goes_on(monkeypatch: pytest.MonkeyPatch,
         connection = http.client.HTTPConnection(host, int(port), timeout=20)
         connection.connect()
         mine = connection.sock.getsockname()
-        monkeypatch.setattr(*((Served, "prompt") if where == "the prompt" else (Gate, "_check_rate")), breaks)
+        monkeypatch.setattr(*((Served, "prompts") if where == "the prompt" else (Gate, "_check_rate")), breaks)
         for status in (500, 200):
             asked = json.dumps({**ASK, "max_tokens": 1})
             connection.request("POST", "/v1/completions", asked, {"Content-Type": "application/json"})
