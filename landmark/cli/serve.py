@@ -30,6 +30,9 @@ def serve(
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more get a 429.")] = 256,
     rate: Annotated[int | None, typer.Option(min=1, help="Requests a minute for each key or address.")] = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 600.0,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="Seconds that running requests may still take on SIGTERM or Ctrl-C.")
+    ] = 30.0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: as stored.")] = None,
     quantise: Annotated[
         str | None,
@@ -46,6 +49,13 @@ def serve(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    reasoning: Annotated[
+        Literal["auto", "none"],
+        typer.Option(
+            help="auto: where the model has such marks, <think>...</think> before an answer goes to reasoning_content; "
+            "none: it stays where it is."
+        ),
+    ] = "auto",
     adapter: Annotated[
         list[str] | None,
         typer.Option(help="A LoRA directory (PEFT), or NAME=DIRECTORY: one more model; several are allowed."),
@@ -57,17 +67,17 @@ def serve(
     """
     import socket
 
-    import uvicorn
     from rich.console import Console
 
     from .. import malloc
     from ..ops.native import report
     from ..serve.app import create_app
     from ..serve.limits import Limits
+    from ..serve.run import HttpServer
     from ..serve.served import ServedEncoder
 
     malloc.few_heaps()
-    limits = Limits(keys=tuple(api_key or ()), timeout=timeout, queue=queue, rate=rate)
+    limits = Limits(keys=tuple(api_key or ()), timeout=timeout, drain=drain_seconds, queue=queue, rate=rate)
     console = Console(stderr=True, highlight=False)
     if adapter and len(models) > 1:
         raise ValueError(f"--adapter goes with one model, not with {len(models)}; serve the others apart")
@@ -75,7 +85,7 @@ def serve(
     for spec in models:
         with console.status(f"loading {spec}"):
             one = open_served(
-                spec, dtype, quantise, device, int(memory * 2**30), max_batch, chunk, draft, adapter or ()
+                spec, dtype, quantise, device, int(memory * 2**30), max_batch, chunk, draft, adapter or (), reasoning
             )
             served += [one] if isinstance(one, ServedEncoder) else [one, *one.adapted()]
     if not all(isinstance(one, ServedEncoder) for one in served):
@@ -85,16 +95,14 @@ def serve(
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(2048)  # who comes as soon as the address is told waits a moment
     except OSError as error:
         raise ValueError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from None
     where = f"http://{host}:{listener.getsockname()[1]}"
     console.print(f"[bold]{', '.join(s.name for s in served)}[/] at {where} (the page) and {where}/v1 (the API)")
     if host not in ("127.0.0.1", "localhost", "::1") and not limits.keys:
         console.print("[yellow]Anyone who reaches this machine can use it; --api-key closes it.[/]")
-    config = uvicorn.Config(
-        app, log_level="warning", timeout_graceful_shutdown=30, timeout_keep_alive=30, lifespan="on", access_log=False
-    )
-    uvicorn.Server(config).run(sockets=[listener])
+    HttpServer(app).run(sockets=[listener])
 
 
 def open_served(
@@ -107,6 +115,7 @@ def open_served(
     chunk: int,
     draft: str | None = None,
     adapters: Sequence[str] = (),
+    reasoning: Literal["auto", "none"] = "auto",
 ) -> Served | ServedEncoder:
     """A model with its engine and adapters, or an encoder of sentences."""
     import landmark
@@ -139,7 +148,7 @@ def open_served(
     engine = Engine(
         model, tokenizer, memory=memory, max_batch=max_batch, chunk=chunk, drafter=drafter, adapters=attached
     )
-    return Served(name, engine, tokenizer)
+    return Served(name, engine, tokenizer, reasoning=reasoning)
 
 
 def warm(model: Decoder) -> None:

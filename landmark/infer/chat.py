@@ -114,7 +114,11 @@ class Conversation:
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a text that is to be continued: with what begins a text, and not with what ends it."""
-    ids = tokenizer.encode(text, special=True)
+    return unended(tokenizer, tokenizer.encode(text, special=True))
+
+
+def unended(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """Ids without what ends a text."""
     return ids[:-1] if len(ids) > 1 and ids[-1] in (tokenizer.eos_id, tokenizer.sep_id) else ids
 
 

@@ -5,24 +5,30 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from ..infer.engine import Event, Handle
+from ..weights.tokenizer import StreamDecoder, Tokenizer
+from .reasoning import BEGIN, END, ReasoningReader
 from .schema import ChatRequest, CompletionRequest, Generation
 from .served import Served
 from .tools import Delta, ToolReader
 
 
-def usage(handles: list[Handle], said: int) -> dict[str, Any]:
+def usage(handles: list[Handle], choices: Sequence[TextChoice | ChatChoice]) -> dict[str, Any]:
     """Tokens that were read and said; those of a prompt count once, however many answers it has."""
+    said = sum(len(choice.tokens) for choice in choices)
+    thoughts = [choice.thought_tokens for choice in choices if isinstance(choice, ChatChoice) and choice.thinker]
     read = sum(len(handle.request.prompt) for handle in handles)
     cached = sum(handle.cached for handle in handles)
-    return {
-        "prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }  # fmt: skip
+    found: dict[str, Any] = {"prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said}
+    found["prompt_tokens_details"] = {"cached_tokens": cached}
+    if thoughts:
+        found["completion_tokens_details"] = {"reasoning_tokens": sum(thoughts)}
+    return found
 
 
 def head(kind: str, served: Served, prefix: str) -> dict[str, Any]:
@@ -33,6 +39,35 @@ def head(kind: str, served: Served, prefix: str) -> dict[str, Any]:
 # -- completions ------------------------------------------------------------------------------------------------------
 
 
+class Ruler:
+    """Measures a text that is put together of tokens: where each begins, in characters from `at` on. One that is a part
+    of a character begins where that does; one that is no text, where the next one will."""
+
+    def __init__(self, tokenizer: Tokenizer, stream: StreamDecoder, at: int = 0) -> None:
+        self._tokenizer, self._stream, self.at = tokenizer, stream, at
+
+    def start(self, token: int) -> int:
+        before = self.at
+        self.at += len(self._stream.step(token))
+        try:
+            own = len(self._tokenizer.token_bytes(token).decode())
+        except UnicodeDecodeError:
+            return before
+        return max(before, self.at + len(self._stream.held) - own)
+
+
+def prompt_offsets(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> list[int]:
+    """Where the tokens of a prompt begin in its text, in which those that were put before it have no place."""
+    ruler, offsets = Ruler(tokenizer, tokenizer.stream(skip_special=False)), []
+    for token in ids:
+        added = token in tokenizer.special_ids and not text.startswith(tokenizer.id_to_token(token) or "", ruler.at)
+        offsets.append(ruler.at if added else ruler.start(token))
+    if ruler.at == len(text):
+        return offsets
+    own = tokenizer.backend.encode(text, add_special_tokens=True).offsets  # it reads another text than this one
+    return list(accumulate((start for start, _ in own[: len(ids)]), max))
+
+
 @dataclass
 class TextChoice:
     """One answer to one prompt, as it grows: its text, and log-probabilities in the form of the older API."""
@@ -41,49 +76,45 @@ class TextChoice:
     body: CompletionRequest
     index: int
     handle: Handle
-    text: str = ""
     tokens: list[int] = field(default_factory=list)
-    finish: str | None = None
-    offset: int = 0
-    _begun: bool = False
+    _ruler: Ruler | None = None  # of what is said; there is one as soon as something was
 
     def feed(self, event: Event) -> dict[str, Any]:
-        """The choice as the piece of a stream that this event is."""
-        echoed = "" if self._begun else self._echo()
-        piece: dict[str, Any] = {"text": echoed + self._said(event), "index": self.index, "finish_reason": event.finish}
-        piece["logprobs"] = self._logprobs(event)
+        """The choice as the piece of a stream that this event is. Where no token was asked for, the engine's one only
+        tells that the prompt is read."""
+        first, said = self._ruler is None, self.body.max_tokens != 0
+        echoed = self._echo() if first and self.body.echo else ""
+        if self._ruler is None:
+            tokenizer = self.served.tokenizer
+            self._ruler = Ruler(tokenizer, tokenizer.stream(self.handle.request.prompt), len(echoed))
+        piece: dict[str, Any] = {"text": echoed + (event.text if said else ""), "index": self.index}
+        piece["finish_reason"] = event.finish if said else "length"
+        piece["logprobs"] = None if self.body.logprobs is None else self._logprobs(event, self._ruler, first, said)
         if self.body.return_token_ids:
-            piece["token_ids"] = [event.token]
-            if not self._begun:
+            piece["token_ids"] = [event.token] if said else []
+            if first:
                 piece["prompt_token_ids"] = list(self.handle.request.prompt)
-        self._begun = True
-        self.text += piece["text"]
-        self.tokens.append(event.token)
-        self.finish = event.finish
+        if said:
+            self.tokens.append(event.token)
         return piece
 
-    def _said(self, event: Event) -> str:
-        return "" if self.body.max_tokens == 0 else event.text
-
     def _echo(self) -> str:
-        if not self.body.echo:
-            return ""
         given = self.body.prompt
         return given if isinstance(given, str) else self.served.tokenizer.decode(self.handle.request.prompt, False)
 
-    def _logprobs(self, event: Event) -> dict[str, Any] | None:
-        if self.body.logprobs is None:
-            return None
+    def _logprobs(self, event: Event, ruler: Ruler, first: bool, said: bool) -> dict[str, Any]:
         out: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        if self.body.echo and not self._begun:
-            self._add(out, self.handle.request.prompt[0], None, None)
-            for (token, logprob), top in self.handle.prompt_logprobs:
-                self._add(out, token, logprob, top)
-        if self.body.max_tokens != 0:
-            self._add(out, event.token, event.logprob, event.top)
+        if self.body.echo and first:
+            prompt = self.handle.request.prompt
+            offsets = prompt_offsets(self.served.tokenizer, self._echo(), prompt)
+            scored = [((prompt[0], None), None), *self.handle.prompt_logprobs]
+            for offset, ((token, logprob), top) in zip(offsets, scored, strict=True):
+                self._add(out, offset, token, logprob, top)
+        if said:
+            self._add(out, ruler.start(event.token), event.token, event.logprob, event.top)
         return out
 
-    def _add(self, out: dict[str, Any], token: int, logprob: float | None, top: Any) -> None:
+    def _add(self, out: dict[str, Any], offset: int, token: int, logprob: float | None, top: Any) -> None:
         text = self.served.token_text(token)
         out["tokens"].append(text)
         out["token_logprobs"].append(None if logprob is None else finite(logprob))
@@ -91,8 +122,7 @@ class TextChoice:
         if likeliest is not None and logprob is not None:
             likeliest.setdefault(text, finite(logprob))
         out["top_logprobs"].append(likeliest)
-        out["text_offset"].append(self.offset)
-        self.offset += len(self.served.token_bytes(token).decode(errors="replace"))
+        out["text_offset"].append(offset)
 
 
 def merge_pieces(pieces: list[dict[str, Any]]) -> dict[str, Any]:
@@ -110,23 +140,29 @@ def merge_pieces(pieces: list[dict[str, Any]]) -> dict[str, Any]:
 
 @dataclass
 class ChatChoice:
-    """One answer in a conversation, as it grows: content, tool calls, log-probabilities."""
+    """One answer in a conversation, as it grows: what is thought, content, tool calls, log-probabilities."""
 
     served: Served
     body: ChatRequest
     index: int
+    thinker: ReasoningReader | None
     reader: ToolReader | None
+    marks: dict[int, str]  # special tokens that the two look for
     tokens: list[int] = field(default_factory=list)
     scored: list[dict[str, Any]] = field(default_factory=list)
+    thought: str = ""
+    thought_tokens: int = 0
     content: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
     finish: str | None = None
 
     @classmethod
-    def of(cls, served: Served, body: ChatRequest, index: int) -> ChatChoice:
-        tools = body.tools if body.tool_choice != "none" else None
-        names = [tool.function.name for tool in tools or ()]
-        return cls(served, body, index, ToolReader(served.dialect, names) if names else None)
+    def of(cls, served: Served, body: ChatRequest, prompt: Sequence[int], index: int) -> ChatChoice:
+        names = [tool.function.name for tool in body.offered]
+        reader = ToolReader(served.dialect, names, body.must_call) if names else None
+        thinker = served.reader(body, prompt)
+        marks = [*((BEGIN, END) if thinker else ()), *([served.dialect.begin] if reader else ())]
+        return cls(served, body, index, thinker, reader, served.special(marks))
 
     def feed(self, event: Event) -> list[dict[str, Any]]:
         """Pieces of a stream: choices with a delta each."""
@@ -147,14 +183,26 @@ class ChatChoice:
         return pieces
 
     def _deltas(self, event: Event) -> list[dict[str, Any]]:
+        mark, deltas = self.marks.get(event.token, ""), list[dict[str, Any]]()
+        if mark in (BEGIN, END) and self.thinker is not None and self.thinker.part == "answer":
+            mark = ""  # a special token as any other
+        text = mark + event.text
+        if self.thinker is not None:
+            thought, text = self.thinker.feed(text)
+            self.thought_tokens += self.thinker.part == "thought"
+            if event.finish is not None:
+                last, rest = self.thinker.finish()
+                thought, text = thought + last, text + rest
+            if thought:
+                self.thought += thought
+                deltas.append({"reasoning_content": thought})
         if self.reader is None:
-            self.content += event.text
-            return [{"content": event.text}] if event.text else []
-        mark = self.served.dialect.begin if event.token == self.served.call_id else ""
-        found = self.reader.feed(mark + event.text)
+            self.content += text
+            return [*deltas, {"content": text}] if text else deltas
+        found = self.reader.feed(text)
         if event.finish is not None:
             found += self.reader.finish()
-        return [self._take(delta) for delta in found]
+        return deltas + [self._take(delta) for delta in found]
 
     def _take(self, delta: Delta) -> dict[str, Any]:
         if delta.index is None:
@@ -180,6 +228,8 @@ class ChatChoice:
         message: dict[str, Any] = {"role": "assistant", "content": self.content, "refusal": None}
         if self.calls:
             message |= {"content": self.content or None, "tool_calls": self.calls}
+        if self.thinker is not None:
+            message["reasoning_content"] = self.thought or None
         logprobs = {"content": self.scored, "refusal": None} if self.body.logprobs else None
         finish = self.finish or "length"
         whole = {"index": self.index, "message": message, "logprobs": logprobs, "finish_reason": finish}
@@ -230,5 +280,6 @@ async def gather(handles: list[Handle]) -> AsyncIterator[tuple[int, Event]]:
             task.cancel()
 
 
-def include_usage(body: Generation) -> bool:
-    return body.stream_options is not None and body.stream_options.include_usage
+def usage_to_come(body: Generation) -> dict[str, Any]:
+    """What each piece of a stream says of the usage where the last one is to tell it."""
+    return {"usage": None} if body.stream_options is not None and body.stream_options.include_usage else {}

@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import gc
-import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,22 +19,23 @@ from typing import Any, TypeVar
 import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
-from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
 from .. import malloc
 from ..infer.engine import EngineError, Event, Handle
 from ..infer.engine import Request as Wanted
 from ..infer.engine.engine import GUIDE_FAILED
-from .answers import ChatChoice, TextChoice, gather, head, include_usage, merge_pieces, usage
-from .errors import ApiError, bad, explain
+from .answers import ChatChoice, TextChoice, gather, head, merge_pieces, usage, usage_to_come
+from .deadlines import Deadlines, shutting_down
+from .errors import ApiError, Guard, bad, explain, queue_full
 from .limits import Gate, Limits
 from .metrics import Counted, Metrics
 from .schema import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from .served import Served, ServedEncoder, decoder, find
+from .stream import Gone, Stream, unless_gone
 
 PAGE = Path(__file__).with_name("page")
 TRIM_EVERY = 20.0  # seconds
@@ -50,13 +51,9 @@ class Error(BaseModel):
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": Error} for status in (400, 401, 404, 408, 413, 429, 500, 503, 504)
 }
-
-
-class Gone(Exception):
-    """The client has left."""
-
-
 MOST_ANSWERS = 2048  # of one call
+SMALL = 1 << 14  # bytes of a request that is read in less time than a thread takes to begin
+READERS = 2  # threads: each one more that computes keeps the event loop waiting for its turn
 
 
 class Server:
@@ -67,28 +64,52 @@ class Server:
         if len(self.models) != len(models):
             raise ValueError("two models are served under one name; give each its own")
         self.limits, self.metrics = limits, Metrics(self.models)
-        self.draining = False
+        self.deadlines = Deadlines(limits.timeout)
+        self.readers = ThreadPoolExecutor(READERS, "reader")
+        self.reading = 0
 
-    def submit(self, served: Served, requests: Sequence[Wanted]) -> list[Handle]:
+    async def read(self, request: Request, work: Callable[[], T], *, always: bool = False) -> T:
+        """Do the work that it takes to understand a request: of a large one (or `always`) in a thread, so that everyone
+        else is served meanwhile. The large ones share two, so that the small ones do not wait for them."""
+        large = len(await request.body()) > SMALL
+        if not large and not always:
+            return work()
+        if self.reading >= self.limits.queue:
+            raise queue_full(self.reading, self.limits.queue)
+        self.reading += 1
+        try:
+            async with self.deadlines.within():
+                loop = asyncio.get_running_loop()
+                return await unless_gone(request, loop.run_in_executor(self.readers if large else None, work))
+        finally:
+            self.reading -= 1
+
+    def drain(self) -> None:
+        """The server is about to end: nothing new is taken, and what runs has little time left."""
+        if not self.deadlines.draining:
+            self.deadlines.drain(self.limits.drain)
+
+    async def submit(self, served: Served, requests: Sequence[Wanted]) -> list[Handle]:
         """Into the engine's queue. Raises a 429 where it is full, a 503 where the server is about to end."""
-        if self.draining:
-            raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "30"})
+        if self.deadlines.draining:
+            raise shutting_down()
         if not served.engine.running:
             raise ApiError(503, f"the engine of {served.name} has ended; the server is to be restarted", code="ended")
         waiting = served.engine.stats().waiting
         if waiting >= self.limits.queue:
-            raise ApiError(
-                429, f"{waiting} requests wait already; {self.limits.queue} may", code="queue_full",
-                headers={"Retry-After": "5"},
-            )  # fmt: skip
+            raise queue_full(waiting, self.limits.queue)
         handles: list[Handle] = []
         try:
             for request in requests:
                 handles.append(served.engine.submit(request))
-        except ValueError as error:
+                if len(handles) % 16 == 0:
+                    await asyncio.sleep(0)  # others have their turn
+        except BaseException as error:
             for handle in handles:
                 handle.cancel()
-            raise bad(str(error)) from None
+            if isinstance(error, ValueError):
+                raise bad(str(error)) from None
+            raise
         return handles
 
     async def events(self, served: Served, handles: list[Handle]) -> AsyncIterator[tuple[int, Event]]:
@@ -96,14 +117,12 @@ class Server:
         began = last = time.perf_counter()
         first = True
         try:
-            async with asyncio.timeout(self.limits.timeout):
+            async with self.deadlines.within():
                 async for number, event in gather(handles):
                     now = time.perf_counter()
                     (self.metrics.first if first else self.metrics.between).labels(served.name).observe(now - last)
                     first, last = False, now
                     yield number, event
-        except TimeoutError:
-            raise ApiError(504, f"no answer within {self.limits.timeout:g} s", code="timeout") from None
         except EngineError as error:
             if str(error).startswith(GUIDE_FAILED):
                 raise bad(str(error), "response_format", "invalid_form") from None
@@ -126,8 +145,11 @@ class Server:
             raise bad("best_of cannot be streamed", "best_of")
         if (answers := len(batch) * max(body.n or 1, body.best_of or 1)) > MOST_ANSWERS:
             raise bad(f"prompts times answers are {answers}; {MOST_ANSWERS} at most", "n")
-        wanted = [served.completion(body, served.prompt(prompt)) for prompt in batch]
-        handles = self.submit(served, wanted)
+        wanted = await self.read(
+            request, lambda: [served.completion(body, prompt) for prompt in served.prompts(batch)],
+            always=body.response_format is not None,
+        )  # fmt: skip
+        handles = await self.submit(served, wanted)
         shared, n = head("text_completion", served, "cmpl"), body.n or 1
         choices = [
             TextChoice(served, body if isinstance(given, str) else _one(body, batch[k]), k * n + i, handles[k])
@@ -135,24 +157,23 @@ class Server:
             for i in range(n)
         ]
         if body.stream:
+            shared |= usage_to_come(body)
 
             async def pieces() -> AsyncGenerator[dict[str, Any]]:
                 async for number, event in self.events(served, handles):
                     yield {**shared, "choices": [choices[number * n + event.index].feed(event)]}
-                if include_usage(body):
-                    yield {**shared, "choices": [], "usage": usage(handles, _said(choices))}
+                if "usage" in shared:
+                    yield {**shared, "choices": [], "usage": usage(handles, choices)}
 
-            return _stream(pieces(), handles)
+            return Stream(pieces(), handles)
         parts: list[list[dict[str, Any]]] = [[] for _ in choices]
 
         async def collect() -> None:
             async for number, event in self.events(served, handles):
                 parts[number * n + event.index].append(choices[number * n + event.index].feed(event))
 
-        await _unless_gone(request, collect())
-        return JSONResponse(
-            {**shared, "choices": [merge_pieces(p) for p in parts], "usage": usage(handles, _said(choices))}
-        )
+        await unless_gone(request, collect())
+        return JSONResponse({**shared, "choices": [merge_pieces(p) for p in parts], "usage": usage(handles, choices)})
 
     # -- chats -----------------------------------------------------------------------------------------------------
 
@@ -160,31 +181,36 @@ class Server:
         served = decoder(self.models, body.model)
         if body.stream and (body.best_of or 1) > (body.n or 1):
             raise bad("best_of cannot be streamed", "best_of")
-        tools = body.tools if body.tool_choice != "none" else None
-        prompt = served.chat_prompt(body.messages, tools, body.chat_template_kwargs)
-        handles = self.submit(served, [served.chat(body, prompt)])
-        choices = [ChatChoice.of(served, body, i) for i in range(body.n or 1)]
+
+        def understand() -> Wanted:
+            prompt = served.chat_prompt(body.messages, body.offered, body.chat_template_kwargs)
+            return served.chat(body, prompt)
+
+        wanted = await self.read(request, understand, always=body.response_format is not None or body.must_call)
+        handles = await self.submit(served, [wanted])
+        choices = [ChatChoice.of(served, body, wanted.prompt, i) for i in range(body.n or 1)]
         if body.stream:
-            shared = head("chat.completion.chunk", served, "chatcmpl")
+            shared = head("chat.completion.chunk", served, "chatcmpl") | usage_to_come(body)
 
             async def pieces() -> AsyncGenerator[dict[str, Any]]:
-                yield {**shared, "choices": [choice.opening() for choice in choices]}
+                for choice in choices:
+                    yield {**shared, "choices": [choice.opening()]}
                 async for _, event in self.events(served, handles):
                     for piece in choices[event.index].feed(event):
                         yield {**shared, "choices": [piece]}
-                if include_usage(body):
-                    yield {**shared, "choices": [], "usage": usage(handles, _said(choices))}
+                if "usage" in shared:
+                    yield {**shared, "choices": [], "usage": usage(handles, choices)}
 
-            return _stream(pieces(), handles)
+            return Stream(pieces(), handles)
 
         async def collect() -> None:
             async for _, event in self.events(served, handles):
                 choices[event.index].feed(event)
 
-        await _unless_gone(request, collect())
+        await unless_gone(request, collect())
         shared = head("chat.completion", served, "chatcmpl")
         whole = [choice.whole() for choice in choices]
-        return JSONResponse({**shared, "choices": whole, "usage": usage(handles, _said(choices))})
+        return JSONResponse({**shared, "choices": whole, "usage": usage(handles, choices)})
 
     # -- the rest --------------------------------------------------------------------------------------------------
 
@@ -195,9 +221,17 @@ class Server:
         given = [body.input] if isinstance(body.input, str) else body.input
         if not all(isinstance(text, str) for text in given):
             raise bad("input is token ids; give texts, which the model's own tokenizer reads", "input")
+        if len(given) > MOST_ANSWERS:
+            raise bad(f"{len(given)} texts; {MOST_ANSWERS} at most", "input")
         texts = [text for text in given if isinstance(text, str)]
+
+        def embed() -> tuple[np.ndarray, int]:
+            vectors = served.encoder.embed(texts, cut=False).float().numpy()
+            return vectors, sum(map(len, served.encoder.encode(texts)))
+
         try:
-            vectors = (await asyncio.to_thread(served.encoder.embed, texts, cut=False)).float().numpy()
+            async with self.deadlines.within():
+                vectors, read = await asyncio.to_thread(embed)
         except ValueError as error:
             raise bad(str(error), "input") from None
         if body.dimensions is not None:
@@ -214,28 +248,26 @@ class Server:
             }
             for i, vector in enumerate(np.ascontiguousarray(vectors, dtype=np.float32))
         ]
-        read = sum(map(len, served.encoder.encode(texts)))
         spent = {"prompt_tokens": read, "total_tokens": read}
         return JSONResponse({"object": "list", "data": data, "model": served.name, "usage": spent})
 
-    def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(self, body: TokenizeRequest, request: Request) -> Response:
         served = decoder(self.models, body.model)
         if (body.prompt is None) == (body.messages is None):
             raise bad("give either a prompt or messages", "prompt")
-        if body.messages is not None:
-            ids = served.chat_prompt(body.messages)
-        else:
-            try:
-                ids = served.tokenizer.encode(body.prompt or "", special=body.add_special_tokens)
-            except ValueError as error:
-                raise bad(str(error), "prompt") from None
-        return {"tokens": ids, "count": len(ids), "max_model_len": served.engine.longest}
 
-    def detokenize(self, body: DetokenizeRequest) -> dict[str, Any]:
+        def encode() -> Response:
+            if body.messages is not None:
+                ids = served.chat_prompt(body.messages)
+            else:
+                ids = served.tokens(body.prompt or "", body.add_special_tokens)
+            return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": served.engine.longest})
+
+        return await self.read(request, encode)
+
+    async def detokenize(self, body: DetokenizeRequest, request: Request) -> Response:
         served = decoder(self.models, body.model)
-        if wrong := [token for token in body.tokens if served.tokenizer.id_to_token(token) is None]:
-            raise bad(f"the token id {wrong[0]} is not in the vocabulary", "tokens")
-        return {"prompt": served.tokenizer.decode(body.tokens, skip_special=False)}
+        return await self.read(request, lambda: JSONResponse({"prompt": served.text(body.tokens)}))
 
     def listing(self) -> dict[str, Any]:
         data = []
@@ -269,20 +301,22 @@ def create_app(models: Sequence[Served | ServedEncoder], limits: Limits = Limits
         engines = [served.engine for served in models if isinstance(served, Served)]
         for engine in engines:
             engine.start()
-        server.draining = False
+        server.deadlines, server.readers = Deadlines(limits.timeout), ThreadPoolExecutor(READERS, "reader")
         trimming = asyncio.create_task(keep_trim())
         gc.collect()
         gc.freeze()  # models and modules stay; looking through them again would stop all answers for a while
         yield
         gc.unfreeze()
         trimming.cancel()
-        server.draining = True
+        server.drain()
+        server.readers.shutdown(wait=False, cancel_futures=True)
         for engine in engines:
             await asyncio.to_thread(engine.stop)
 
     app = FastAPI(title="Landmark", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = server
     app.add_middleware(Gate, limits=limits)
+    app.add_middleware(Guard)
     app.add_middleware(Counted, metrics=server.metrics)
 
     @app.post("/v1/chat/completions", responses=RESPONSES)
@@ -301,43 +335,43 @@ def create_app(models: Sequence[Served | ServedEncoder], limits: Limits = Limits
         return await server.embeddings(body)
 
     @app.get("/v1/models", responses=RESPONSES)
-    def listing() -> dict[str, Any]:
+    async def listing() -> dict[str, Any]:
         """The models that are served."""
         return server.listing()
 
     @app.get("/v1/models/{name:path}", responses=RESPONSES)
-    def one_model(name: str) -> dict[str, Any]:
+    async def one_model(name: str) -> dict[str, Any]:
         """One of them."""
         find(server.models, name)
         found: dict[str, Any] = next(entry for entry in server.listing()["data"] if entry["id"] == name)
         return found
 
     @app.post("/tokenize", responses=RESPONSES)
-    def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         """Ids of a text, or of a conversation."""
-        return server.tokenize(body)
+        return await server.tokenize(body, request)
 
     @app.post("/detokenize", responses=RESPONSES)
-    def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+    async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
         """The text of ids."""
-        return server.detokenize(body)
+        return await server.detokenize(body, request)
 
     @app.get("/health", responses=RESPONSES)
-    def health() -> dict[str, str]:
+    async def health() -> dict[str, str]:
         """Whether requests are taken."""
-        if server.draining:
-            raise ApiError(503, "the server is shutting down", code="shutting_down")
+        if server.deadlines.draining:
+            raise shutting_down()
         if ended := [s.name for s in models if isinstance(s, Served) and not s.engine.running]:
             raise ApiError(503, f"the engine of {ended[0]} has ended; the server is to be restarted", code="ended")
         return {"status": "ok"}
 
     @app.get("/metrics", response_class=Response)
-    def metrics() -> Response:
+    async def metrics() -> Response:
         """Figures in Prometheus' text format."""
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/stats")
-    def stats() -> dict[str, Any]:
+    async def stats() -> dict[str, Any]:
         """The engines' figures as JSON."""
         return server.stats()
 
@@ -345,7 +379,7 @@ def create_app(models: Sequence[Served | ServedEncoder], limits: Limits = Limits
         app.mount("/page", StaticFiles(directory=PAGE), name="page")
 
         @app.get("/", include_in_schema=False)
-        def page() -> FileResponse:
+        async def page() -> FileResponse:
             return FileResponse(PAGE / "index.html")
 
     _handle_errors(app, server)
@@ -377,55 +411,7 @@ def _handle_errors(app: FastAPI, server: Server) -> None:
             message = "the body is not JSON in UTF-8"
         return answer(request, ApiError(error.status_code, message, headers=dict(error.headers or {})))
 
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> JSONResponse:
-        return answer(request, ApiError(500, f"the server failed: {type(error).__name__}", code="internal_error"))
-
 
 def _one(body: CompletionRequest, prompt: Any) -> CompletionRequest:
     """The request as if it had only this one of its prompts."""
     return body.model_copy(update={"prompt": prompt})
-
-
-def _said(choices: Sequence[TextChoice | ChatChoice]) -> int:
-    return sum(len(choice.tokens) for choice in choices)
-
-
-def _stream(pieces: AsyncGenerator[dict[str, Any]], handles: Sequence[Handle]) -> StreamingResponse:
-    async def lines() -> AsyncIterator[bytes]:
-        try:
-            async for piece in pieces:
-                yield b"data: " + json.dumps(piece, ensure_ascii=False).encode("utf-8", "replace") + b"\n\n"
-        except ApiError as error:
-            yield b"data: " + json.dumps(error.body()).encode() + b"\n\n"
-            return
-        finally:
-            await pieces.aclose()
-        yield b"data: [DONE]\n\n"
-
-    async def end() -> None:  # where the client has left before the first piece, nothing else does
-        for handle in handles:
-            if not handle.done:
-                handle.cancel()
-
-    headers = {"Cache-Control": "no-cache"}
-    return StreamingResponse(lines(), media_type="text/event-stream", headers=headers, background=BackgroundTask(end))
-
-
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """The result, or, where the client leaves first, an end to the work."""
-
-    async def left() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(left())
-    try:
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Gone
-        return task.result()
-    finally:
-        for pending in (task, leaving):
-            pending.cancel()
-        await asyncio.gather(task, leaving, return_exceptions=True)

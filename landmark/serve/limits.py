@@ -21,13 +21,14 @@ OPEN = ("/health", "/", "/page/", "/favicon.ico")  # what needs no key
 @dataclass(frozen=True)
 class Limits:
     """`keys`: any of them opens the server; none: it is open. `body`: bytes. `patience`: seconds that a client may take
-    to send its body. `timeout`: seconds that a request may take in all. `queue`: requests that may wait for the engine.
-    `rate`: requests a minute for each key (or address)."""
+    to send its body. `timeout`: seconds that a request may take in all. `drain`: those that it may still take when the
+    server ends. `queue`: requests that may wait for the engine. `rate`: requests a minute for each key (or address)."""
 
     keys: Sequence[str] = ()
     body: int = 8 << 20
     patience: float = 30.0
     timeout: float = 600.0
+    drain: float = 30.0
     queue: int = 256
     rate: int | None = None
 
@@ -38,6 +39,8 @@ class Limits:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"the limit {name!r} is {value}; it must be positive")
+        if not self.drain >= 0:
+            raise ValueError(f"the limit 'drain' is {self.drain}; it must not be negative")
 
 
 class Gate:

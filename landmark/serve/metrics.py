@@ -68,22 +68,11 @@ class Counted:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        begun = False
-
-        def count(status: int) -> None:
-            route = getattr(scope.get("route"), "path", "other")
-            self.metrics.requests.labels(route, str(status)).inc()
 
         async def told(message: Message) -> None:
-            nonlocal begun
             if message["type"] == "http.response.start":
-                begun = True
-                count(message["status"])
+                route = getattr(scope.get("route"), "path", "other")
+                self.metrics.requests.labels(route, str(message["status"])).inc()
             await send(message)
 
-        try:
-            await self.app(scope, receive, told)
-        except Exception:
-            if not begun:
-                count(500)
-            raise
+        await self.app(scope, receive, told)

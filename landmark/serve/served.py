@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
-from ..infer.chat import prompt_ids, turn_ends
+from ..infer.chat import turn_ends, unended
 from ..infer.constrain import Forms
 from ..infer.defaults import recommended, stop_ids
 from ..infer.engine import Engine, Request, Sampling
@@ -17,20 +17,35 @@ from ..infer.sentences import SentenceEncoder
 from ..models.decoder import Decoder
 from ..weights.tokenizer import Tokenizer
 from .errors import ApiError, bad
-from .schema import ChatRequest, CompletionRequest, Generation, Message, ResponseFormat, Tool
+from .reasoning import ReasoningReader, opened, thinks
+from .schema import (
+    MOST_BIASES,
+    MOST_TOKENS,
+    ChatRequest,
+    CompletionRequest,
+    Generation,
+    Message,
+    NamedTool,
+    RefusalPart,
+    ResponseFormat,
+    TextPart,
+    Tool,
+)
 from .tools import Dialect, dialect, grammar
 
 
 @dataclass
 class Served:
     """A decoder with its engine, or, with `base`, the adapter of that one that bears this name. `created` is when it
-    was put up, in Unix seconds."""
+    was put up, in Unix seconds. `reasoning` says whether what is thought before an answer is told apart ("auto": where
+    the model has marks for it)."""
 
     name: str
     engine: Engine
     tokenizer: Tokenizer
     created: int = field(default_factory=lambda: int(time.time()))
     base: Served | None = None
+    reasoning: Literal["auto", "none"] = "auto"
 
     def adapted(self) -> list[Served]:
         """The adapters of the engine's model, each a model of its own."""
@@ -59,25 +74,36 @@ class Served:
         return dialect(self.tokenizer.chat_template)
 
     @cached_property
+    def thinks(self) -> bool:
+        return self.reasoning == "auto" and thinks(self.tokenizer)
+
+    @cached_property
     def call_id(self) -> int | None:
         """The special token that begins a tool call, where it is one."""
-        token = self.tokenizer.token_to_id(self.dialect.begin)
-        return token if token in self.tokenizer.special_ids else None
+        return next(iter(self.special([self.dialect.begin])), None)
+
+    def special(self, names: Sequence[str]) -> dict[int, str]:
+        """Those of these that are special tokens, which are no text, by their ids."""
+        found = {self.tokenizer.token_to_id(name): name for name in names}
+        return {token: name for token, name in found.items() if token in self.tokenizer.special_ids}
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 
-    def prompt(self, text: str | Sequence[int]) -> list[int]:
-        """Ids of a text to be continued, or ids as they were given."""
-        if isinstance(text, str):
+    def prompts(self, batch: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
+        """Ids of texts to be continued, or ids as they were given. Texts are encoded many at once: calls that give the
+        interpreter's lock away for a moment only, one after the other, keep other threads from it."""
+        texts = [text for text in batch if isinstance(text, str)]
+        for text in texts:
             self.check_text(len(text), "prompt")
-            try:
-                ids = prompt_ids(self.tokenizer, text)
-            except ValueError as error:
-                raise bad(str(error), "prompt") from None
-        else:
-            ids = list(text)
-        self.check_length(ids)
-        return ids
+        try:
+            parts = [self.tokenizer.encode_batch(texts[n : n + 64], special=True) for n in range(0, len(texts), 64)]
+        except ValueError as error:
+            raise bad(str(error), "prompt") from None
+        found = [unended(self.tokenizer, ids) for part in parts for ids in part]
+        found = found or [list(ids) for ids in batch if not isinstance(ids, str)]
+        for ids in found:
+            self.check_length(ids, "prompt")
+        return found
 
     def chat_prompt(
         self, messages: Sequence[Message], tools: Sequence[Tool] | None = None,
@@ -88,14 +114,16 @@ class Served:
             raise bad(f"{self.name} has no chat template; use /v1/completions", "messages", "no_chat_template")
         if taken := sorted({"self", "messages", "tools"} & set(variables or ())):
             raise bad(f"{taken[0]!r} is set by the request itself", "chat_template_kwargs")
-        said = [as_plain(message) for message in messages]
-        self.check_text(sum(len(each["content"]) for each in said), "messages")
+        plain = [as_plain(message) for message in messages]
+        if "developer" not in self.tokenizer.chat_template:  # it would be lost, or an error
+            plain = [{**each, "role": "system"} if each["role"] == "developer" else each for each in plain]
+        self.check_text(sum(len(each["content"]) for each in plain), "messages")
         functions = [tool.model_dump(exclude_none=True) for tool in tools] if tools else None
         try:
-            ids = self.tokenizer.encode_chat(said, functions, **(variables or {}))
+            ids = self.tokenizer.encode_chat(plain, functions, **(variables or {}))
         except ValueError as error:
             raise bad(str(error), "messages") from None
-        self.check_length(ids)
+        self.check_length(ids, "messages")
         return ids
 
     @cached_property
@@ -118,23 +146,25 @@ class Served:
                 "context_length_exceeded",
             )  # fmt: skip
 
-    def check_length(self, ids: Sequence[int]) -> None:
+    def check_length(self, ids: Sequence[int], name: str) -> None:
         longest, vocab = self.engine.longest, self.model.cfg.embed.vocab
         if not ids:
-            raise bad("the prompt is empty; give at least one token", "prompt")
+            raise bad("the prompt is empty; give at least one token", name)
         if longest is not None and len(ids) > longest:
             raise bad(
-                f"the prompt has {len(ids)} tokens, but {self.name} takes {longest} at most", "prompt",
+                f"the prompt has {len(ids)} tokens, but {self.name} takes {longest} at most", name,
                 "context_length_exceeded",
             )  # fmt: skip
         if wrong := [token for token in ids if token >= vocab]:
-            raise bad(f"the prompt holds the id {wrong[0]}, but the vocabulary ends at {vocab - 1}", "prompt")
+            raise bad(f"the prompt holds the id {wrong[0]}, but the vocabulary ends at {vocab - 1}", name)
 
     # -- settings --------------------------------------------------------------------------------------------------
 
     def sampling(self, body: Generation, max_tokens: int, ends: tuple[int, ...]) -> Sampling:
         """How to draw, as the request says, or else the model's own files."""
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+        if not all(stop):
+            raise bad("a stop string is empty; leave it out", "stop")
         if len(stop) > 64:
             raise bad(f"{len(stop)} stop strings; 64 at most", "stop")
         own = () if body.ignore_eos else ends
@@ -152,13 +182,15 @@ class Served:
         except ValueError as error:
             raise bad(str(error), str(error).split()[0]) from None
 
-    def logit_bias(self, given: Mapping[str, float] | None) -> dict[int, float] | None:
+    def logit_bias(self, given: Mapping[str, Any] | None) -> dict[int, float] | None:
         if given is None:
             return None
         vocab = self.model.cfg.head.vocab
-        for key in given:
-            if not key.isascii() or not key.isdigit() or int(key) >= vocab:
-                raise bad(f"{key!r} is no token id below {vocab}", "logit_bias")
+        for key, bias in given.items():
+            if not key.isascii() or not key.isdigit() or len(key) > 10 or int(key) >= vocab:
+                raise bad(f"{key[:40]!r} is no token id below {vocab}", "logit_bias")
+            if type(bias) not in (int, float) or not -100 <= bias <= 100:
+                raise bad(f"the bias of {key} is {str(bias)[:40]}; it is to be a number from -100 to 100", "logit_bias")
         return {int(key): bias for key, bias in given.items()}
 
     def room(self, prompt: Sequence[int], wanted: int | None) -> int:
@@ -202,19 +234,25 @@ class Served:
         top = body.top_logprobs or 0 if body.logprobs else None
         return self.request(body, prompt, self.sampling(body, room, self.turn_ids), top, guide=forced or guide)
 
+    def reader(self, body: ChatRequest, prompt: Sequence[int]) -> ReasoningReader | None:
+        """What tells thought and answer apart. An answer that has to keep to a form has no place for a thought."""
+        formed = body.response_format is not None and body.response_format.type != "text"
+        if not self.thinks or formed or body.must_call:
+            return None
+        return ReasoningReader(opened(self.tokenizer, prompt))
+
     def forced_call(self, body: ChatRequest) -> Any:
         """The form of an answer that has to call a function; None where it need not."""
-        if body.tool_choice in (None, "none", "auto"):
-            return None
         functions = [tool.function for tool in body.tools or ()]
+        if missing := [name for name in body.named if name not in [function.name for function in functions]]:
+            raise bad(f"tool_choice names {missing[0]!r}, which is not among the tools", "tool_choice")
+        if not body.must_call:
+            return None
         if not functions:
             raise bad("tool_choice asks for a call, but there are no tools", "tool_choice")
-        if not isinstance(body.tool_choice, str):
-            wanted = body.tool_choice.function.name
-            functions = [function for function in functions if function.name == wanted]
-            if not functions:
-                raise bad(f"tool_choice names {wanted!r}, which is not among the tools", "tool_choice")
-        parallel = body.parallel_tool_calls is not False and isinstance(body.tool_choice, str)
+        if body.named:
+            functions = [function for function in functions if function.name in body.named]
+        parallel = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool)
         described = [function.model_dump(exclude_none=True) for function in functions]
         try:
             return self.forms.grammar(grammar(self.dialect, described, parallel, self.call_id))
@@ -228,6 +266,8 @@ class Served:
         n, vocab = body.n or 1, self.model.cfg.head.vocab
         if body.best_of is not None and body.best_of < n:
             raise bad(f"best_of is {body.best_of}, fewer than n = {n}", "best_of")
+        if (biases := len(sampling.logit_bias) * max(n, body.best_of or 1)) > MOST_BIASES:
+            raise bad(f"answers times biases are {biases:,}; {MOST_BIASES:,} at most", "logit_bias")
         if wrong := [token for token in sampling.stop_ids or () if token >= vocab]:
             raise bad(f"stop_token_ids holds {wrong[0]}, but the vocabulary ends at {vocab - 1}", "stop_token_ids")
         return Request(
@@ -236,7 +276,22 @@ class Served:
             adapter=self.name if self.base else None,
         )  # fmt: skip
 
-    # -- tokens as text --------------------------------------------------------------------------------------------
+    # -- tokens and text --------------------------------------------------------------------------------------------
+
+    def tokens(self, text: str, special: bool) -> list[int]:
+        """Ids of a text that nothing continues."""
+        if (size := len(text.encode(errors="surrogatepass"))) > MOST_TOKENS:
+            message = f"a text of {size:,} bytes; {MOST_TOKENS:,} at most, so send it in parts"
+            raise ApiError(413, message, param="prompt", code="text_too_large")
+        try:
+            return self.tokenizer.encode(text, special)
+        except ValueError as error:
+            raise bad(str(error), "prompt") from None
+
+    def text(self, tokens: Sequence[int]) -> str:
+        if wrong := [token for token in set(tokens) if self.tokenizer.id_to_token(token) is None]:
+            raise bad(f"the token id {wrong[0]} is not in the vocabulary", "tokens")
+        return self.tokenizer.decode(tokens, skip_special=False)
 
     def token_text(self, token: int) -> str:
         """A token by itself; one that is no whole text as "bytes:\\xNN...", so that different tokens look different."""
@@ -273,14 +328,19 @@ def cool(temperature: float | None) -> float | None:
 
 def as_plain(message: Message) -> dict[str, Any]:
     """A message as chat templates read them: text in one piece, arguments of calls as objects."""
-    plain = message.model_dump(exclude_none=True, include={"role", "name", "tool_call_id"})
-    content = message.content
-    plain["content"] = content if isinstance(content, str) else "".join(part.text for part in content or ())
+    plain = message.model_dump(exclude_none=True, include={"role", "name", "tool_call_id", "reasoning_content"})
+    content = message.content or ()
+    parts = [content] if isinstance(content, str) else [said(part) for part in content]
+    plain["content"] = "".join(parts) or message.refusal or ""
     if message.tool_calls:
         plain["tool_calls"] = [call.model_dump(exclude_none=True, exclude={"index"}) for call in message.tool_calls]
         for call in plain["tool_calls"]:
             call["function"]["arguments"] = _json(call["function"]["arguments"])
     return plain
+
+
+def said(part: TextPart | RefusalPart) -> str:
+    return part.text if isinstance(part, TextPart) else part.refusal
 
 
 def _json(text: str) -> Any:

@@ -59,10 +59,12 @@ class Call:
 
 @dataclass
 class ToolReader:
-    """Feed it text, then `finish`. Text that only looked like a call comes back as content."""
+    """Feed it text, then `finish`. Text that only looked like a call comes back as content. But what is unfinished at
+    the end after a call, or where nothing but calls is allowed (`forced`), is another one that was cut off."""
 
     dialect: Dialect
     names: Sequence[str]
+    forced: bool = False
     calls: list[Call] = field(default_factory=list)
     content: str = ""
     _held: str = ""
@@ -76,13 +78,11 @@ class ToolReader:
 
     def finish(self) -> list[Delta]:
         """The rest, when no text follows."""
-        deltas = []
         rest, self._held = self._held, ""
         if self._object is not None:
             rest, self._object = self._object.given_up(), None
-        if rest and not (self._inside and not rest.strip(" \n\r\t,[]")):
-            deltas.append(self._say(rest))
-        return deltas
+        cut = self.forced or self.calls or (self._inside and not rest.strip(" \n\r\t,[]"))
+        return [self._say(rest)] if rest and not cut else []
 
     def _read(self, text: str) -> Iterator[Delta]:
         self._held = ""

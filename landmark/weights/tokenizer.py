@@ -22,6 +22,9 @@ from .files import beside
 ROLES = ("bos", "eos", "pad", "unk", "mask", "cls", "sep")
 """The special tokens that have a name; `Tokenizer.special_tokens` maps these to the tokens' text."""
 
+LONG = 1 << 16
+"""Characters from which on one text is encoded as a batch is: faster, and other threads may run meanwhile."""
+
 # What published vocabularies call them, for a directory that does not say.
 _USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]"),
@@ -183,6 +186,8 @@ class Tokenizer:
     def encode(self, text: str, special: bool = False, literal: bool = False) -> list[int]:
         """Ids of `text`.  `special` adds what the model expects around a text (bos, [CLS] ... [SEP]).  `literal`
         reads the text of a special token inside `text` as text, so that no document can forge a boundary."""
+        if len(text) > LONG:
+            return self.encode_batch([text], special, literal)[0]
         backend = self._literal if literal else self.backend
         with whole_characters([text]):
             return backend.encode(text, add_special_tokens=special).ids
@@ -310,7 +315,7 @@ class StreamDecoder:
         self._skip = tokenizer.special_ids if skip_special else frozenset()
         self._strip = tokenizer._rule.strip_start
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
+        self.held = ""  # a space that goes if nothing follows
         self._strip &= all(token_id in self._skip for token_id in prompt)
         for token_id in prompt[-16:]:  # enough for a character that the prompt begins and the stream ends
             self.step(token_id)
@@ -319,12 +324,12 @@ class StreamDecoder:
         """The text that this id completes, perhaps none."""
         if token_id in self._skip:
             return ""
-        text = self._held + self._utf8.decode(self._tokenizer.token_bytes(token_id))
-        self._held = ""
+        text = self.held + self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        self.held = ""
         if self._strip and text:
             text, self._strip = text.removeprefix(" "), False
         if self._tokenizer._rule.strip_end and text.endswith(" "):
-            text, self._held = text[:-1], " "
+            text, self.held = text[:-1], " "
         return text
 
     def flush(self) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-import uvicorn
 
 import landmark
 from landmark.infer.engine import Engine
@@ -23,6 +25,7 @@ from landmark.infer.sentences import SentenceEncoder
 from landmark.models.decoder import Decoder
 from landmark.serve.app import create_app
 from landmark.serve.limits import Limits
+from landmark.serve.run import HttpServer
 from landmark.serve.served import Served, ServedEncoder
 from landmark.weights.tokenizer import Tokenizer
 
@@ -53,7 +56,7 @@ def served(name: str = "tiny", **engine: Any) -> Served:
 @dataclass
 class Live:
     url: str
-    server: uvicorn.Server
+    server: HttpServer
     models: Sequence[Served | ServedEncoder]
 
     @property
@@ -67,8 +70,7 @@ class Live:
 def live(models: Sequence[Served | ServedEncoder], limits: Limits = Limits()) -> Iterator[Live]:
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(models, limits), log_level="error", timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
+    server = HttpServer(create_app(models, limits))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     while not server.started:
@@ -80,6 +82,45 @@ def live(models: Sequence[Served | ServedEncoder], limits: Limits = Limits()) ->
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
+
+
+class Process:
+    """`landmark serve` in a process of its own."""
+
+    def __init__(self, directory: Path, *options: str) -> None:
+        command = [sys.executable, "-m", "landmark", "serve", str(directory), "--port", "0", *options]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert self.process.stderr is not None
+        self.told = ""
+        while (found := re.search(r"at (http://\S+) ", self.told)) is None:
+            line = self.process.stderr.readline()
+            assert line, self.told
+            self.told += line
+        self.url = found[1]
+
+    def end(self, seconds: float) -> int:
+        """Its exit status, where it ends within so many seconds."""
+        self.told += self.process.communicate(timeout=seconds)[1]
+        return self.process.returncode
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture(scope="session")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a model that talks for minutes."""
+    where = tmp_path_factory.mktemp("served") / "long"
+    _, tokenizer = model_and_tokenizer()
+    torch.manual_seed(0)
+    size = {**SIZE, "vocab_size": tokenizer.vocab_size, "max_position_embeddings": 100_000, "num_hidden_layers": 8}
+    landmark.save(landmark.build(size), where)
+    tokenizer.save(where)
+    return where
 
 
 @pytest.fixture(scope="module")

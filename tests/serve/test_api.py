@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
+import itertools
 import json
 import math
 from typing import Any
@@ -13,9 +15,15 @@ import pytest
 import torch
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import NFC
+from tokenizers.pre_tokenizers import Whitespace
 
 from landmark.infer.generate import generate
 from landmark.infer.sampling import Sampling
+from landmark.serve.answers import prompt_offsets
+from landmark.weights.tokenizer import Tokenizer
 
 from .conftest import Live, model_and_tokenizer
 
@@ -81,6 +89,54 @@ def test_echo_with_logprobs_of_a_batch_of_ids(tiny: Live) -> None:
             assert math.isclose(logprobs.token_logprobs[i], table[i - 1, ids[i]].item(), abs_tol=1e-4)
             assert math.isclose(max(logprobs.top_logprobs[i].values()), table[i - 1].max().item(), abs_tol=1e-4)
         assert math.isclose(logprobs.token_logprobs[-1], table[-1].max().item(), abs_tol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["The with statement", "é naïve 漢字 🙂 go", "a<|im_start|> b", " two  spaces "])
+@pytest.mark.parametrize("by_ids", [False, True])
+def test_offsets_are_places_in_the_text(tiny: Live, text: str, by_ids: bool) -> None:
+    """Every token that is whole text stands where its offset says; a part of a character where that one begins."""
+    _, tokenizer = model_and_tokenizer()
+    ids = tokenizer.encode(text, special=True)
+    assert ids[0] == tokenizer.bos_id
+    ours: Any = {"return_token_ids": True, "ignore_eos": True}
+    asked: Any = {"model": "tiny", "prompt": ids if by_ids else text, "echo": True, "logprobs": 0, "max_tokens": 20}
+    asked |= {"seed": 5, "temperature": 2.0, "extra_body": ours}
+    (got,) = client(tiny).completions.create(**asked).choices
+    assert got.logprobs is not None
+    tokens, offsets = got.logprobs.tokens or [], got.logprobs.text_offset or []
+    said: list[int] = got.token_ids  # type: ignore[attr-defined]
+    specials, seen = tokenizer.special_ids, b""
+    for n, (token, name, at) in enumerate(zip([*ids, *said], tokens, offsets, strict=True)):
+        visible = token not in specials or (n < len(ids) and (by_ids or n > 0))
+        if n == len(ids):
+            assert got.text[:at].endswith(text) and at == len(got.text) - len(tokenizer.decode(said))
+            seen = got.text[:at].encode()
+        if visible and not name.startswith("bytes:"):
+            assert got.text[at : at + len(name)] == name
+        else:
+            assert at == len(codecs.getincrementaldecoder("utf-8")("replace").decode(seen)), (n, name)
+        seen += tokenizer.token_bytes(token) if visible else b""
+    assert any(name.startswith("bytes:") for name in tokens)
+    assert offsets == sorted(offsets)
+    parts = [c.choices[0].logprobs.text_offset for c in client(tiny).completions.create(**asked, stream=True)]
+    assert list(itertools.chain(*parts)) == offsets
+
+
+def test_offsets_where_the_tokenizer_reads_another_text() -> None:
+    tokenizer = Tokenizer(Backend(WordLevel({"[CLS]": 0, "é": 1, "cat": 2}, unk_token="[CLS]")))
+    tokenizer.backend.normalizer, tokenizer.backend.pre_tokenizer = NFC(), Whitespace()
+    assert prompt_offsets(tokenizer, "e\u0301 cat  cat", tokenizer.encode("e\u0301 cat  cat")) == [0, 3, 8]
+
+
+def test_no_tokens_are_none_in_the_usage(tiny: Live) -> None:
+    asked: Any = dict(model="tiny", prompt="import os", max_tokens=0, echo=True, logprobs=1)
+    got = client(tiny).completions.create(**asked, extra_body={"return_token_ids": True})
+    (choice,), usage = got.choices, got.usage
+    assert usage is not None and usage.completion_tokens == 0 and usage.total_tokens == usage.prompt_tokens > 0
+    assert choice.text == "import os" and choice.finish_reason == "length" and choice.token_ids == []  # type: ignore[attr-defined]
+    assert choice.logprobs is not None and len(choice.logprobs.tokens or ()) == usage.prompt_tokens
+    *_, last = client(tiny).completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    assert last.usage == usage
 
 
 def test_chat_streamed_and_whole_are_equal(tiny: Live) -> None:
@@ -160,6 +216,88 @@ def test_tool_calls_streamed_and_whole_are_equal(tiny: Live, choice: Any) -> Non
     assert client(tiny).chat.completions.create(model="tiny", messages=back, max_tokens=3).choices
 
 
+def test_allowed_tools(tiny: Live) -> None:
+    """The model may call some of the tools only, and is told of these."""
+    other = {"type": "function", "function": {"name": "other"}}
+    for mode in ("required", "auto"):
+        names = [{"type": "function", "function": {"name": "other"}}]
+        choice: Any = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": names}}
+        asked: Any = dict(model="tiny", messages=HELLO, tools=[*TOOLS, other], max_tokens=120, seed=3)
+        got = client(tiny).chat.completions.create(**asked, tool_choice=choice)
+        alone = client(tiny).chat.completions.create(
+            **{**asked, "tools": [other]}, tool_choice=mode, parallel_tool_calls=True
+        )
+        assert got.choices[0].message.content == alone.choices[0].message.content and got.usage == alone.usage
+        calls = got.choices[0].message.tool_calls or []
+        assert bool(calls) == (mode == "required") and all(call.function.name == "other" for call in calls)  # type: ignore[union-attr]
+        names.append({"type": "function", "function": {"name": "nobody"}})
+        with pytest.raises(openai.BadRequestError, match="names 'nobody', which is not among the tools"):
+            client(tiny).chat.completions.create(**asked, tool_choice=choice)
+
+
+def test_what_was_parsed_can_be_sent_back(tiny: Live) -> None:
+    asked: Any = dict(model="tiny", tools=[openai.pydantic_function_tool(Person)], tool_choice="required", seed=1)
+    got = client(tiny).chat.completions.parse(**asked, messages=HELLO, max_tokens=150, parallel_tool_calls=False)  # type: ignore[arg-type]
+    message = got.choices[0].message
+    assert message.tool_calls and isinstance(message.tool_calls[0].function.parsed_arguments, Person)
+    back: Any = [*HELLO, message, {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "done"}]
+    assert client(tiny).chat.completions.create(model="tiny", messages=back, max_tokens=2).choices
+    raw = [*HELLO, message.to_dict(), back[-1]]
+    answer = httpx.post(tiny.url + "/v1/chat/completions", json={"model": "tiny", "messages": raw, "max_tokens": 2})
+    assert answer.status_code == 200, answer.text
+
+
+def test_pieces_of_a_stream(tiny: Live) -> None:
+    """Who speaks comes first for each answer; the usage is null until the last piece; every answer has an id."""
+    asked = {"model": "tiny", "messages": HELLO, "n": 2, "max_tokens": 3, "stream": True}
+    for told in (True, False):
+        options = {"stream_options": {"include_usage": told}}
+        answer = httpx.post(tiny.url + "/v1/chat/completions", json={**asked, **options})
+        *lines, done = answer.text.strip().split("\n\n")
+        pieces = [json.loads(line.removeprefix("data: ")) for line in lines]
+        assert done == "data: [DONE]" and [p["choices"][0]["index"] for p in pieces[:2]] == [0, 1]
+        assert all(p["choices"][0]["delta"] == {"role": "assistant", "content": ""} for p in pieces[:2])
+        assert all(("usage" in p) == told for p in pieces)
+        if told:
+            *others, last = pieces
+            assert all(p["usage"] is None for p in others) and last["choices"] == [] and last["usage"]["total_tokens"]
+    with pytest.raises(openai.NotFoundError, match="there is no POST /v1/responses") as caught:
+        client(tiny).responses.create(model="tiny", input="x")
+    assert (caught.value.request_id or "").startswith("req_")
+    got = [client(tiny).chat.completions.create(model="tiny", messages=HELLO, max_tokens=1) for _ in range(2)]  # type: ignore[arg-type]
+    assert len({one._request_id for one in got} - {None}) == 2
+
+
+def test_developers_speak_where_the_template_knows_systems_only(tiny: Live) -> None:
+    ids = [
+        httpx.post(tiny.url + "/tokenize", json={"messages": [{"role": role, "content": "x"}], "model": "tiny"}).json()
+        for role in ("developer", "system")
+    ]
+    assert ids[0] == ids[1] and "tokens" in ids[0]
+
+
+def test_forced_calls_that_are_cut_off(tiny: Live) -> None:
+    """Wherever the answer ends, the second call is whole, begun, or not there, and never content."""
+    asked: Any = dict(model="tiny", messages=HELLO, tools=TOOLS, tool_choice="required", seed=1)
+    asked["logit_bias"] = {str(model_and_tokenizer()[1].eos_id): -100}  # another call, as long as there is room
+    made = set()
+    for room in range(1, 110, 9):
+        whole = client(tiny).chat.completions.create(**asked, max_tokens=room).choices[0]
+        calls, content = list[list[str]](), ""
+        for chunk in client(tiny).chat.completions.create(**asked, max_tokens=room, stream=True):
+            content += chunk.choices[0].delta.content or ""
+            for delta in chunk.choices[0].delta.tool_calls or ():
+                assert delta.function is not None
+                if delta.id is not None:
+                    calls.append([delta.function.name or "", ""])
+                calls[delta.index][1] += delta.function.arguments or ""
+        assert (whole.message.content or "", content) == ("", "") and whole.finish_reason == "length"
+        found = [[call.function.name, call.function.arguments] for call in whole.message.tool_calls or ()]  # type: ignore[union-attr]
+        assert found == calls
+        made.add(len(calls))
+    assert {0, 1, 2} <= made
+
+
 def test_ids_and_sampled_logprobs(tiny: Live) -> None:
     ours: Any = {"return_token_ids": True, "logprobs_of": "sampled", "top_k": 1}
     got = client(tiny).completions.create(model="tiny", prompt=[5, 6, 7], max_tokens=4, logprobs=0, extra_body=ours)
@@ -215,6 +353,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("top_logprobs", {"top_logprobs": 3}, "needs logprobs"),
     ("best_of", {"best_of": 1, "n": 2}, "fewer than n"),
     ("stop", {"stop": ["x"] * 65}, "64 at most"),
+    ("stop", {"stop": ""}, "is empty"),
     ("stop_token_ids", {"stop_token_ids": [10**7]}, "vocabulary ends"),
     ("messages", {"messages": []}, "messages"),
     ("messages.0.role", {"messages": [{"role": "king", "content": "x"}]}, "messages.0.role"),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import http.client
 import json
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -15,7 +18,9 @@ import openai
 import pytest
 from openai import OpenAI
 
-from landmark.serve.limits import Limits
+from landmark.infer.engine import Engine
+from landmark.serve.limits import Gate, Limits
+from landmark.serve.served import Served
 
 from .conftest import Live, live, served
 
@@ -143,6 +148,48 @@ def test_a_crash_of_the_engine_is_an_error_and_the_next_request_is_served() -> N
             del model.hidden
 
 
+FAILED = {"message": "the server failed: RuntimeError", "type": "api_error", "param": None, "code": "internal_error"}
+
+
+@pytest.mark.parametrize("where", ["the prompt", "the gate"])
+def test_after_a_failure_the_connection_goes_on(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def breaks(*_: Any) -> Any:
+        monkeypatch.undo()
+        raise RuntimeError("out of luck")
+
+    with live([served()]) as running:
+        host, port = running.url.removeprefix("http://").split(":")
+        connection = http.client.HTTPConnection(host, int(port), timeout=20)
+        connection.connect()
+        mine = connection.sock.getsockname()
+        monkeypatch.setattr(*((Served, "prompts") if where == "the prompt" else (Gate, "_check_rate")), breaks)
+        for status in (500, 200):
+            asked = json.dumps({**ASK, "max_tokens": 1})
+            connection.request("POST", "/v1/completions", asked, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            body = json.load(answer)
+            assert answer.status == status and (status == 200 or body == {"error": FAILED})
+            assert connection.sock is not None and connection.sock.getsockname() == mine
+        assert 'status="500"} 1.0' in httpx.get(running.url + "/metrics").text
+
+
+def test_a_failure_within_a_stream_is_told_and_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(*_: Any) -> Any:
+        if not names:
+            monkeypatch.undo()
+            raise RuntimeError("out of luck")
+        return names.pop()
+
+    names = ["a", "b", "c"]
+    monkeypatch.setattr(Served, "token_text", breaks)
+    with live([served()]) as running:
+        answer = httpx.post(running.url + "/v1/completions", json={**ASK, "stream": True, "logprobs": 0})
+        *said, last = answer.text.strip().split("\n\n")
+        assert answer.status_code == 200 and len(said) > 1
+        assert last == "event: error\ndata: " + json.dumps({"error": FAILED})
+        until(lambda: running.engine.stats().running == 0)
+
+
 def test_an_engine_that_has_ended_is_told_and_seen() -> None:
     with live([served()]) as running:
         engine: Any = running.engine
@@ -171,6 +218,91 @@ def test_what_runs_is_finished_before_the_end() -> None:
         running.server.should_exit = True
         ask.join()
         assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 200
+
+
+@contextmanager
+def slow(engine: Engine, seconds: float) -> Iterator[None]:
+    """Within, each step takes so long."""
+    model: Any = engine.model
+    plain = model.hidden
+
+    def hidden(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return plain(*args, **kwargs)
+
+    model.hidden = hidden
+    try:
+        yield
+    finally:
+        del model.hidden
+
+
+def test_what_is_not_finished_by_the_end_is_told_so() -> None:
+    with live([served()], Limits(drain=0.3)) as running, slow(running.engine, 0.02):
+        long = {**ASK, "max_tokens": 500}
+        answers: list[httpx.Response] = []
+        threads = [
+            threading.Thread(
+                target=lambda s=s: answers.append(
+                    httpx.post(running.url + "/v1/completions", json={**long, "stream": s}, timeout=60)
+                )
+            )
+            for s in (False, True)
+        ]
+        for thread in threads:
+            thread.start()
+        until(lambda: running.engine.stats().running == 2)
+        time.sleep(0.2)
+        running.server.should_exit = True
+        for thread in threads:
+            thread.join()
+        streamed, whole = sorted(answers, key=lambda answer: answer.status_code)
+        due = {"message": "the server is shutting down", "type": "service_unavailable_error", "param": None}
+        due["code"] = "shutting_down"
+        assert whole.status_code == 503 and whole.json() == {"error": due} and whole.headers["Retry-After"]
+        assert streamed.status_code == 200
+        *said, last = streamed.text.strip().split("\n\n")
+        assert len(said) > 3 and all(piece.startswith("data: {") for piece in said)
+        event, data = last.split("\n")
+        assert event == "event: error" and json.loads(data.removeprefix("data: ")) == {"error": due}
+        until(lambda: running.engine.stats().cancelled + running.engine.stats().failed == 2)  # or stopped before that
+
+
+def test_who_reads_nothing_is_cut_off(capfd: pytest.CaptureFixture[str]) -> None:
+    """Its place is free after the request's time, and nothing is left for the event loop to close."""
+    with live([served()], Limits(timeout=2)) as running, socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = running.url.removeprefix("http://").split(":")
+        deaf.connect((host, int(port)))
+        asked = json.dumps({**ASK, "max_tokens": 400, "stream": True, "logprobs": 20, "n": 16}).encode()
+        header = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(asked)}\r\n\r\n".encode()
+        deaf.sendall(b"POST /v1/completions HTTP/1.1\r\n" + header + asked)
+        until(lambda: bool(running.server.server_state.tasks))
+        until(lambda: not running.server.server_state.tasks, 20)
+        assert running.engine.stats().running == 0
+    told = capfd.readouterr().err
+    assert "without completing response" in told and "Traceback" not in told, told
+
+
+def test_what_takes_too_long_is_not_asked_again() -> None:
+    with live([served()], Limits(timeout=0.1)) as running, slow(running.engine, 0.02):
+        client = OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=2)
+        with pytest.raises(openai.InternalServerError, match="no answer within"):
+            client.completions.create(model="tiny", prompt=[5], max_tokens=400, extra_body={"ignore_eos": True})
+        assert (
+            'landmark_requests_total{path="/v1/completions",status="504"} 1.0'
+            in httpx.get(running.url + "/metrics").text
+        )
+
+
+def test_the_client_sees_what_ends_a_stream() -> None:
+    with live([served()], Limits(timeout=0.3)) as running, slow(running.engine, 0.02):
+        pieces = OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0).completions.create(
+            model="tiny", prompt=[5, 6, 7], max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+        )
+        with pytest.raises(openai.APIError, match="no answer within") as caught:
+            list(pieces)
+        assert caught.value.code == "timeout" and caught.value.type == "timeout_error"
 
 
 @pytest.mark.parametrize("name", ["body", "queue", "timeout"])

@@ -52,9 +52,9 @@ CASES: list[tuple[Dialect, str, str, list[tuple[str, str]]]] = [
 ]
 
 
-def read(way: Dialect, pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
+def read(way: Dialect, pieces: list[str], forced: bool = False) -> tuple[str, list[tuple[str, str]]]:
     """What a client of the stream puts together."""
-    reader, content, calls = ToolReader(way, NAMES), "", list[list[Any]]()
+    reader, content, calls = ToolReader(way, NAMES, forced), "", list[list[Any]]()
     deltas = [delta for piece in pieces for delta in reader.feed(piece)] + reader.finish()
     for delta in deltas:
         if delta.index is None:
@@ -92,6 +92,27 @@ def test_arguments_stream_before_they_are_complete() -> None:
     reader = ToolReader(HERMES, NAMES)
     deltas = reader.feed('<tool_call>{"name": "f", "arguments": {"city": "Par')
     assert [d.name for d in deltas] == ["f", None] and deltas[1].arguments == '{"city": "Par'
+
+
+TWO = [
+    (HERMES, '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>', "\n"),
+    (MISTRAL, '{"name": "f", "arguments": {"a": 1}}', ", "),
+]
+
+
+@pytest.mark.parametrize(("way", "call", "between"), TWO)
+def test_calls_that_are_cut_off_are_no_content(way: Dialect, call: str, between: str) -> None:
+    """Wherever two forced calls end; and after a whole call also where the model was free to call."""
+    text = f"{'[TOOL_CALLS][' * way.many}{call}{between}{call}{']' * way.many}"
+    whole = ("f", '{"a": 1}')
+    for end in range(len(text) + 1):
+        content, calls = read(way, [text[:end]], forced=True)
+        assert (content, calls) == read(way, list(text[:end]), forced=True)
+        assert content == "" and len(calls) <= 2 and all(whole[1].startswith(made) for _, made in calls)
+        free = read(way, [text[:end]])
+        assert free == read(way, list(text[:end])) and (not calls or free == (content, calls))
+    assert calls == [whole, whole]
+    assert read(HERMES, ['<tool_call>{"name'])[0] == '{"name'  # it may have been anything
 
 
 def test_dialects_by_template() -> None:
