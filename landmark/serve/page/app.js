@@ -7,18 +7,21 @@ const stored = (name, value) => {
 };
 
 let models = [];
-let panes = [];
+let panes = [];  // those that are shown
+const made = [];  // and one that was closed: it keeps its conversation until a new one begins
 
 // ---- the API ---------------------------------------------------------------------------------------------------
 
-async function call(path, body, signal) {
+async function call(path, { body, signal, ask = true } = {}) {
   const headers = { "Content-Type": "application/json" };
   const key = sessionStorage.getItem("landmark.key");
   if (key) headers.Authorization = `Bearer ${key}`;
-  const answer = await fetch(path, { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body) });
-  if (answer.status === 401) {
-    await askForKey();
-    return call(path, body, signal);
+  const answer = await fetch(path, { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body) })
+    .catch((error) => { throw error.name === "AbortError" ? error : new Away(); });
+  away(false);
+  if (answer.status === 401 && ask) {
+    if (key !== sessionStorage.getItem("landmark.key") || (await askForKey(key !== null))) return call(path, { body, signal });
+    throw new Error("This server wants an API key");
   }
   if (!answer.ok) {
     const told = await answer.json().catch(() => null);
@@ -27,25 +30,43 @@ async function call(path, body, signal) {
   return answer;
 }
 
-function askForKey() {
-  const dialog = $("#key-dialog");
-  dialog.showModal();
-  return new Promise((done) =>
-    dialog.addEventListener("close", () => { sessionStorage.setItem("landmark.key", $("#key").value); done(); }, { once: true }));
+class Away extends Error {
+  constructor() { super("The server cannot be reached"); away(true); }
+}
+
+function away(is) { $("#away").textContent = is ? "The server is away" : ""; }
+
+let asking = null;  // who else wants a key meanwhile waits for the same
+
+// Whether one was given.
+function askForKey(refused) {
+  return (asking ??= new Promise((done) => {
+    const dialog = $("#key-dialog");
+    $("#refused").hidden = !refused;
+    $("#key").value = dialog.returnValue = "";
+    dialog.showModal();
+    dialog.addEventListener("close", () => {
+      asking = null;
+      const given = dialog.returnValue === "use";
+      if (given) sessionStorage.setItem("landmark.key", $("#key").value);
+      done(given);
+    }, { once: true });
+  }));
 }
 
 async function* events(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
   for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
+    const { value, done } = await reader.read().catch((error) => (error.name === "AbortError" ? Promise.reject(error) : { done: true }));
+    if (done) throw new Error("The answer broke off: the connection ended");
     held += value;
     const parts = held.split("\n\n");
     held = parts.pop();
     for (const part of parts) {
-      const data = part.replace(/^data: /, "");
+      const data = part.match(/^data: ?(.*)$/m)?.[1];
       if (data === "[DONE]") return;
+      if (data === undefined) continue;  // a comment that keeps the connection alive
       const piece = JSON.parse(data);
       if (piece.error) throw new Error(piece.error.message);
       yield piece;
@@ -65,8 +86,9 @@ class Pane {
     for (const model of models) select.append(new Option(model.id));
     select.selectedIndex = Math.min(number, models.length - 1);
     this.restore();
-    this.element.addEventListener("change", () => this.remember());
+    this.element.addEventListener("change", () => { this.remember(); this.fitModel(); });
     this.reset();
+    this.fitModel();
   }
 
   fields() { return [...this.element.querySelectorAll("[name]")]; }
@@ -76,12 +98,37 @@ class Pane {
   remember() { stored(`pane${this.number}`, JSON.stringify(Object.fromEntries(this.fields().map((f) => [f.name, f.value])))); }
 
   restore() {
-    let kept = {};
-    try { kept = JSON.parse(stored(`pane${this.number}`) ?? "{}") ?? {}; } catch { /* as if nothing were kept */ }
+    let kept = null;
+    try { kept = JSON.parse(stored(`pane${this.number}`)); } catch { /* as if nothing were kept */ }
+    if (typeof kept !== "object" || !kept) return;
     for (const field of this.fields()) {
       const known = field.name !== "model" || models.some((model) => model.id === kept.model);
-      if (field.name in kept && known) field.value = kept[field.name];
+      if (typeof kept[field.name] === "string" && known) field.value = kept[field.name];
     }
+  }
+
+  fitModel() {
+    const system = $("[name=system]", this.element);
+    system.disabled = !this.model().chat;
+    system.placeholder = system.disabled ? "This model has no chat template, which would say where it goes" : "";
+  }
+
+  // Whether all settings can be sent; the first that cannot is shown, with the reason.
+  valid() {
+    const wrong = this.fields().find((field) => !field.checkValidity());
+    if (wrong) { $(".bar details", this.element).open = true; wrong.reportValidity(); }
+    return !wrong;
+  }
+
+  // Begins with what another has said so far, but for what it is about to say.
+  follow(other) {
+    const running = Boolean(other.running);
+    this.messages = other.messages.slice(0, running ? -1 : undefined);
+    const lines = [...other.talk.children].filter((each) => !(running && other.current.includes(each)));
+    if (!this.messages.length) return;
+    this.talk.replaceChildren(...lines.map((each) => each.cloneNode(true)));
+    const [theirs, mine] = [lines.flatMap(tokensOf), [...this.talk.children].flatMap(tokensOf)];
+    mine.forEach((span, i) => { span.tokens = theirs[i].tokens; });
   }
 
   reset() {
@@ -98,7 +145,7 @@ class Pane {
     const shared = {
       model: this.value("model"), stream: true, stream_options: { include_usage: true }, temperature: number("temperature"),
       top_p: number("top_p"), top_k: number("top_k"), min_p: number("min_p"), seed: number("seed"),
-      repetition_penalty: number("repetition_penalty"), max_tokens: number("max_tokens"), stop: this.value("stop") || undefined,
+      repetition_penalty: number("repetition_penalty"), max_tokens: number("max_tokens"), stop: stops(this.value("stop")),
     };
     if (this.model().chat) {
       const system = this.value("system").trim();
@@ -113,37 +160,47 @@ class Pane {
     const messages = this.messages;  // of this conversation, though a new one may begin meanwhile
     if (!messages.length) this.talk.replaceChildren();
     messages.push({ role: "user", content: text });
-    const asked = line("user", text);
-    this.talk.append(asked);
-    const answer = line("assistant busy", "");
-    this.talk.append(answer);
+    const asked = line("user", text), answer = line("assistant busy", "");
+    let thoughts = null;
+    this.current = [asked, answer];
+    this.talk.append(asked, answer);
     this.talk.scrollTop = this.talk.scrollHeight;
-    this.running = new AbortController();
+    const running = (this.running = new AbortController());
     const began = performance.now();
-    let said = "", first = 0, count = 0, pending = [], due = 0;
+    let said = "", first = 0, count = 0, pending = [], thought = "", due = 0, finish = null;
     const flush = () => {  // once a frame: where the talk ends is dear to ask
       cancelAnimationFrame(due);
       due = 0;
       const low = this.talk.scrollHeight - this.talk.scrollTop - this.talk.clientHeight < 60;
+      if (thought) {
+        if (!thoughts) { thoughts = thinking(); this.current.push(thoughts); answer.before(thoughts); }
+        thoughts.append(thought);
+        thought = "";
+      }
       answer.append(...pending.splice(0));
       if (low) this.talk.scrollTop = this.talk.scrollHeight;
       const seconds = (performance.now() - began) / 1000;  // all of them: a browser that was busy gets several at once
       if (count) this.speed.value = `${(count / seconds).toFixed(1)} tokens/s · first after ${Math.round(first - began)} ms`;
     };
+    const note = (kind, text) => answer.after(line(kind, text));
     try {
-      const response = await call(...this.request(), this.running.signal);
+      const [path, body] = this.request();
+      const response = await call(path, { body, signal: running.signal });
       for await (const piece of events(response)) {
         const choice = piece.choices[0];
         if (!choice) continue;
         const tokens = scored(choice);
         const content = choice.delta ? (choice.delta.content ?? "") : choice.text;
         if (tokens.length) { count += tokens.length; first ||= performance.now(); }
+        finish = choice.finish_reason ?? finish;
+        thought += choice.delta?.reasoning_content ?? "";
         said += content;
-        if (content) pending.push(token(content, tokens));
+        if (content) pending.push(token(content, tokens, !said.slice(content.length)));
         due ||= requestAnimationFrame(flush);
       }
+      if (finish === "length") note("note", "Cut off here: the longest answer is set to as many tokens, or there is no more room.");
     } catch (error) {
-      if (error.name !== "AbortError") this.talk.append(line("error", error.message));
+      if (error.name !== "AbortError") note("error", error.message);
     } finally {
       flush();
       answer.classList.remove("busy");
@@ -153,7 +210,7 @@ class Pane {
         asked.classList.add("unsent");
         answer.remove();
       }
-      this.running = null;
+      if (this.running === running) this.running = null;
     }
     return said !== "" || messages !== this.messages;
   }
@@ -174,9 +231,28 @@ function scored(choice) {
   return logprobs.tokens.map((t, i) => ({ token: t, logprob: logprobs.token_logprobs[i], top: Object.entries(logprobs.top_logprobs[i] ?? {}) }));
 }
 
-function token(text, tokens) {
+function thinking() {
+  const details = document.createElement("details");
+  details.className = "thoughts";
+  details.append(document.createElement("summary"));
+  details.firstChild.textContent = "Thoughts";
+  return details;
+}
+
+// One text a line; a line break in it is written \n.
+function stops(text) {
+  const given = text.split("\n").filter(Boolean).map((each) => each.replace(/\\([nt\\])/g, (_, c) => ({ n: "\n", t: "\t" })[c] ?? c));
+  return given.length ? given : undefined;
+}
+
+const tokensOf = (element) => [...element.querySelectorAll(".token")];
+
+// `first`: by which Tab reaches the answer's tokens; arrow keys go on from there.
+function token(text, tokens, first) {
   const span = document.createElement("span");
   span.className = "token";
+  span.tabIndex = first ? 0 : -1;
+  span.setAttribute("aria-describedby", "alternatives");
   span.textContent = text;
   const last = tokens.at(-1);
   if (last) {
@@ -186,7 +262,7 @@ function token(text, tokens) {
   return span;
 }
 
-// ---- token probabilities on hover ------------------------------------------------------------------------------
+// ---- token probabilities: on hover, and by keyboard ------------------------------------------------------------------------------
 
 const tip = $("#alternatives");
 
@@ -199,6 +275,7 @@ function showAlternatives(span) {
     const name = document.createElement("span"), bar = document.createElement("meter"), share = document.createElement("span");
     name.textContent = JSON.stringify(text).slice(1, -1).replaceAll(" ", "␣");
     bar.value = Math.exp(value);
+    bar.setAttribute("aria-label", `probability of ${name.textContent}`);
     share.textContent = `${(100 * Math.exp(value)).toFixed(1)}%`;
     row.append(name, bar, share);
     return row;
@@ -209,12 +286,22 @@ function showAlternatives(span) {
   tip.style.top = `${at.bottom + size.height + 8 < innerHeight ? at.bottom + 4 : at.top - size.height - 4}px`;
 }
 
-for (const kind of ["pointerover", "click"]) {
+for (const kind of ["pointerover", "click", "focusin"]) {
   document.addEventListener(kind, (event) => {
     const span = event.target.closest?.(".token");
     if (span?.tokens) showAlternatives(span);
     else tip.hidden = true;
   });
+}
+
+function walk(event) {
+  const all = tokensOf(event.target.parentElement), at = all.indexOf(event.target);
+  const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: all.length - 1 }[event.key];
+  if (to === undefined || !all[to]) return;
+  event.preventDefault();
+  event.target.tabIndex = -1;
+  all[to].tabIndex = 0;
+  all[to].focus();
 }
 
 // ---- engine figures --------------------------------------------------------------------------------------------
@@ -225,7 +312,7 @@ let before = null;
 async function watch() {
   if (!document.hidden && panes.length) {
     try {
-      const figures = (await (await call("stats")).json())[panes[0].value("model")];
+      const figures = (await (await call("stats", { ask: false })).json())[panes[0].value("model")];
       const now = performance.now();
       const show = (name, text) => { $(`[data-figure=${name}]`).textContent = text; };
       if (figures) {
@@ -244,7 +331,7 @@ async function watch() {
         const most = Math.max(1, ...trace);
         $("#trace polyline").setAttribute("points", trace.map((v, i) => `${(i * 120) / 39},${23 - (22 * v) / most}`).join(" "));
       }
-    } catch { /* the server is away; the next message says so */ }
+    } catch { /* it is away, which is said already, or wants a key */ }
   }
   setTimeout(watch, 1000);
 }
@@ -254,9 +341,12 @@ async function watch() {
 const message = $("#message");
 
 function setPanes(count) {
-  while (panes.length > count) panes.pop().stop();
-  while (panes.length < count) panes.push(new Pane(panes.length));
+  for (const pane of made.slice(count)) pane.stop();
+  while (made.length < count) made.push(new Pane(made.length));
+  panes = made.slice(0, count);
+  if (count === 2 && !panes[1].messages.length) panes[1].follow(panes[0]);
   $("#panes").replaceChildren(...panes.map((pane) => pane.element));
+  for (const pane of panes) pane.talk.scrollTop = pane.talk.scrollHeight;
   $("#compare").setAttribute("aria-pressed", count === 2);
   stored("panes", count);
 }
@@ -269,9 +359,10 @@ function fit() {
 function send() {
   const text = message.value;
   if (!text.trim() || !panes.length || panes.some((pane) => pane.running)) return;
+  if (!panes.every((pane) => pane.valid())) return;
   message.value = "";
   fit();
-  for (const details of document.querySelectorAll("details[open]")) details.open = false;
+  settings().forEach((details) => { details.open = false; });
   $("#send").textContent = "Stop";
   Promise.all(panes.map((pane) => pane.say(text))).then((answered) => {
     $("#send").textContent = "Send";
@@ -280,9 +371,10 @@ function send() {
   });
 }
 
+const settings = () => [...document.querySelectorAll(".bar details[open]")];
 const stop = () => panes.forEach((pane) => pane.stop());
-const compare = () => setPanes(panes.length === 2 ? 1 : 2);
-const anew = () => { panes.forEach((pane) => pane.reset()); message.focus(); };
+const compare = () => panes.length && setPanes(panes.length === 2 ? 1 : 2);
+const anew = () => { made.forEach((pane) => pane.reset()); message.focus(); };
 
 function theme() {
   const dark = getComputedStyle(document.documentElement).colorScheme === "dark" ||
@@ -298,19 +390,38 @@ message.addEventListener("input", fit);
 message.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
 });
+document.addEventListener("pointerdown", (event) => {
+  for (const details of settings()) if (!details.contains(event.target)) details.open = false;
+});
 document.addEventListener("keydown", (event) => {
+  if ($("#key-dialog").open) return;
   const command = event.altKey && !event.ctrlKey && !event.metaKey && { KeyC: compare, KeyN: anew, KeyT: theme }[event.code];
-  if (event.key === "Escape") { stop(); tip.hidden = true; }
-  else if (command) { event.preventDefault(); command(); }
+  if (event.key === "Escape") {
+    const [open] = settings();
+    if (open) { open.open = false; $("summary", open).focus(); }
+    else if (tip.hidden || panes.some((pane) => pane.running)) stop();
+    tip.hidden = true;
+  } else if (command) { event.preventDefault(); command(); }
+  else if (event.target.matches(".token")) walk(event);
   else if (event.key === "/" && !event.target.matches("input, textarea, select")) { event.preventDefault(); message.focus(); }
 });
 
-if (stored("theme")) document.documentElement.dataset.theme = stored("theme");
-try {
-  const listed = await (await call("v1/models")).json();
-  models = listed.data.filter((model) => "max_model_len" in model);
-  setPanes(Number(stored("panes") ?? 1));
-} catch (error) {
-  $("#panes").replaceChildren(line("error", `${error.message}. Reload to try again.`));
+async function start() {
+  try {
+    const listed = await (await call("v1/models")).json();
+    models = listed.data.filter((model) => "max_model_len" in model);
+    if (!models.length) throw new Error("This server has no model that talks");
+    setPanes(stored("panes") === "2" ? 2 : 1);
+  } catch (error) {
+    const again = document.createElement("button"), told = line("error", `${error.message}. `);
+    again.textContent = "Try again";
+    again.addEventListener("click", start);
+    told.append(again);
+    $("#panes").replaceChildren(told);
+    if (error instanceof Away) setTimeout(() => again.isConnected && start(), 2000);
+  }
 }
+
+if (["light", "dark"].includes(stored("theme"))) document.documentElement.dataset.theme = stored("theme");
+start();
 watch();
