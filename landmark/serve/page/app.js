@@ -198,7 +198,7 @@ class Pane {
         if (content) pending.push(token(content, tokens, !said.slice(content.length)));
         due ||= requestAnimationFrame(flush);
       }
-      if (finish === "length") note("note", "Cut off here: the longest answer is set to as many tokens, or there is no more room.");
+      if (finish === "length") note("note", "Cut off here: no longer answer was allowed.");
     } catch (error) {
       if (error.name !== "AbortError") note("error", error.message);
     } finally {
