@@ -54,6 +54,9 @@ EXAMPLES = {
     "reproduce": "landmark reproduce F1 --quick",
 }
 
+# Options that name a file or a folder, whatever the command; others may be text, in which ~ is a character.
+PATHS = ("--out", "--output", "--file", "--tokenizer", "--choices", "--include", "--adapter", "--draft", "--model")
+
 
 class Commands(TyperGroup):
     """Subcommand `x` lives in landmark/cli/x.py, as a typer app `app` or as a function `x`."""
@@ -123,7 +126,7 @@ def root(
 def at_home(argument: str) -> str:
     """--out=~/runs as the shell reads --out ~/runs: it leaves the former alone, and a folder ~ would be made."""
     option, equals, value = argument.partition("=")
-    return option + equals + os.path.expanduser(value) if option.startswith("--") else argument
+    return option + equals + os.path.expanduser(value) if option in PATHS else argument
 
 
 def main() -> None:
@@ -134,8 +137,9 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
-        known = isinstance(error, OSError) and error.filename is not None and error.strerror
-        told = f"{error.filename}: {error.strerror}" if known else str(error)  # type: ignore[union-attr]
+        told = str(error)
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            told = f"{error.filename}: {error.strerror}"
         print(f"landmark: {' '.join(told.split())}", file=sys.stderr)
         sys.exit(2)
     except ArithmeticError as error:  # a run that diverged

@@ -210,6 +210,8 @@ def test_home_after_an_equals_sign(
     monkeypatch.setenv("HOME", str(folder))
     run(folder, monkeypatch, "embed bert --file=~/ok.txt --json")
     assert len(json.loads(capsys.readouterr().out)) == 200
+    run(folder, monkeypatch, "embed bert --text=~/ok.txt --json")  # a text, not a path
+    assert json.loads(capsys.readouterr().out)[0]["text"] == "~/ok.txt"
 
 
 def test_embed_shows_any_texts(

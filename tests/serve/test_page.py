@@ -228,6 +228,9 @@ def test_thoughts_stand_apart(page: Any) -> None:
         say(page, "is it?")
     assert page.locator(".thoughts").first.text_content() == "Thoughtshm, well"
     assert page.locator(".assistant").first.inner_text() == "yes" and "hm" not in str(sent[-1]["messages"])
+    stream(page, piece(reasoning_content="on and on"), piece("length"))
+    say(page, "and now?")  # it thought, and was cut off before it said anything: that is an answer too
+    assert page.locator(".unsent").count() == 0 and "Cut off" in page.locator(".note").inner_text()
 
 
 def test_probabilities_by_keyboard(page: Any) -> None:

@@ -38,7 +38,7 @@ INLINE void fetch(const char *w, const int bytes) {
 }
 
 // The same, into the second-level cache: where products are so fast that lines on their way to the first one hold them up.
-INLINE void fetch_near(const char *w, const int bytes) {
+INLINE void fetch_l2(const char *w, const int bytes) {
     for (int b = AHEAD; b < AHEAD + bytes; b += 64) __builtin_prefetch(w + b, 0, 2);
 }
 

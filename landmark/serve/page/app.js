@@ -17,7 +17,11 @@ async function call(path, { body, signal, ask = true } = {}) {
   const key = sessionStorage.getItem("landmark.key");
   if (key) headers.Authorization = `Bearer ${key}`;
   const answer = await fetch(path, { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body) })
-    .catch((error) => { throw error.name === "AbortError" ? error : new Away(); });
+    .catch((error) => {
+      if (error.name === "AbortError") throw error;
+      away(true);
+      throw new Away("The server cannot be reached");
+    });
   away(false);
   if (answer.status === 401 && ask) {
     if (key !== sessionStorage.getItem("landmark.key") || (await askForKey(key !== null))) return call(path, { body, signal });
@@ -30,9 +34,7 @@ async function call(path, { body, signal, ask = true } = {}) {
   return answer;
 }
 
-class Away extends Error {
-  constructor() { super("The server cannot be reached"); away(true); }
-}
+class Away extends Error {}
 
 function away(is) { $("#away").textContent = is ? "The server is away" : ""; }
 
@@ -204,7 +206,7 @@ class Pane {
     } finally {
       flush();
       answer.classList.remove("busy");
-      if (said) messages.push({ role: "assistant", content: said });
+      if (said || thoughts) messages.push({ role: "assistant", content: said });
       else {
         messages.pop();
         asked.classList.add("unsent");
@@ -212,7 +214,7 @@ class Pane {
       }
       if (this.running === running) this.running = null;
     }
-    return said !== "" || messages !== this.messages;
+    return said !== "" || thoughts !== null || messages !== this.messages;
   }
 }
 

@@ -124,10 +124,8 @@ INLINE void units(const Map *map, int64_t n, const char *x, int64_t from, int64_
         for (int i = 0; i < VECTORS * M; i++) total[i] = splat(0);
 #pragma GCC unroll 1
         for (int64_t g = groups_of(n); g > 0; g--, own += SPAN * M, w += TOGETHER * BYTES(bits), s += UNIT) {
-            if (QUADS == 512 && bits == 8)
-                fetch_near(w, TOGETHER * BYTES(bits));
-            else
-                fetch(w, TOGETHER * BYTES(bits));
+            if (QUADS == 512 && bits == 8) fetch_l2(w, TOGETHER * BYTES(bits));
+            else fetch(w, TOGETHER * BYTES(bits));
             float by[MOST];
             memcpy(by, own + (SPAN - 4) * M, M * 4);
             for (int first = 0; first < VECTORS; first += AT_ONCE(M)) {
